@@ -109,7 +109,8 @@ class Service:
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
         holdouts = Holdouts(holdout_store(self.folder), self.identity.secret_for("held-out draws"))
         common = (
-            self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_states(), self.settings.kept_states,
+            self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_blobs(self.settings.keep_all_weights),
+            self.settings.kept_states,
         )  # fmt: skip
         self.lender = self._lender() if self.sizes else None
         self.mixture_worker: WorkerClient
@@ -121,7 +122,8 @@ class Service:
             self.workers = (self.mixture_worker,)
             self.check_runner = LentCheckRunner(
                 self.transport, self.manifest, self.blobs, self.incoming, none, none, *common, lender=self.lender,
-                check_seconds=self.settings.check_seconds, sizes=self.sizes, reserve=read_reserve(self.folder),
+                check_seconds=self.settings.check_seconds, keep_all_weights=self.settings.keep_all_weights, sizes=self.sizes,
+                reserve=read_reserve(self.folder),
             )  # fmt: skip
         else:
             checks, audits, proofs = (self._worker(name) for name in ("checking", "auditing", "proving"))
@@ -129,7 +131,7 @@ class Service:
             self.workers = (checks, self.mixture_worker, audits, proofs)
             self.check_runner = NetworkCheckRunner(
                 self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs,
-                self.settings.check_seconds,
+                self.settings.check_seconds, self.settings.keep_all_weights,
             )  # fmt: skip
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(

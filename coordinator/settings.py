@@ -104,6 +104,11 @@ class RunSettings(_Settings):
         default=None, description="Folder or hub id of a model from which the experts take their first weights"
     )
     optimisation: Optimisation = Field(default=Optimisation(), description="How every expert is trained")
+    checkpoints: Literal["auto", "float32", "compact"] = Field(
+        default="auto",
+        description="Form of published checkpoints: float32 (16 bytes a trained number), compact (4 bytes), or auto: compact for "
+        "experts of at least 250 million trained numbers",
+    )
     samples_per_shard: Count = Field(default=64_000, description="Training budget of each expert, in samples")
     checkpoint_samples: Count = Field(
         default=3_200, description="Samples from one checkpoint of an expert to the next (one epoch)"
@@ -236,6 +241,11 @@ class ServeSettings(_Settings):
     checks_at_once: Count = Field(default=4, description="Results that are checked at the same time")
     kept_states: int = Field(
         default=4, ge=1, description="Epochs of each shard for which training states are kept, in case of a rollback"
+    )
+    keep_all_weights: bool = Field(
+        default=False,
+        description="Keep weights and traces of all accepted epochs for good, not only of each shard's last 64, which may still "
+        "be audited or rolled back to",
     )
     blob_bytes_per_second: Positive | None = Field(
         default=None,

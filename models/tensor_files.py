@@ -157,10 +157,6 @@ class TensorFile(Mapping[str, Tensor]):
                 data = data[count:]
         return tensor
 
-    def under(self, prefix: str) -> Mapping[str, Tensor]:
-        """The tensors whose names begin with `prefix`, by the rest of their names."""
-        return _Under(self, prefix)
-
     def _read_header(self) -> tuple[int, dict[str, Any], dict[str, tuple[tuple[int, ...], torch.dtype, int]]]:
         size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
@@ -199,8 +195,13 @@ def _check_covers(entries: Mapping[str, tuple[tuple[int, ...], torch.dtype, int]
         raise ValueError("its tensors do not fill the file")
 
 
+def under(tensors: Mapping[str, Tensor], prefix: str) -> Mapping[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names; none is read."""
+    return _Under(tensors, prefix)
+
+
 class _Under(Mapping[str, Tensor]):
-    def __init__(self, file: TensorFile, prefix: str) -> None:
+    def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
         self._file, self._prefix = file, prefix
 
     def __iter__(self) -> Iterator[str]:

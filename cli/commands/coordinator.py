@@ -31,6 +31,7 @@ def serve(
     checkers: Annotated[list[str] | None, setting("CHECKERS", "", "--checker")] = None,
     gallery: Annotated[bool | None, setting("GALLERY", "", "--gallery/--no-gallery")] = None,
     exit_when_done: Annotated[bool, setting("EXIT_WHEN_DONE")] = False,
+    keep_all_weights: Annotated[bool, setting("KEEP_ALL_WEIGHTS")] = False,
     recover: Annotated[bool, setting("RECOVER")] = False,
 ) -> None:
     """Run the coordinator until Ctrl-C.
@@ -42,7 +43,7 @@ def serve(
     flags = given(
         listen=listen, http=http, stitch=stitch, threads=threads, device=device, gallery=gallery,
         lend_checks=lend_checks or None, checkers=tuple(checkers) if checkers else None,
-        exit_when_done=exit_when_done or None, recover=recover or None,
+        exit_when_done=exit_when_done or None, keep_all_weights=keep_all_weights or None, recover=recover or None,
     )  # fmt: skip
     settings = settings_of(ServeSettings, str(config or "options"), {**read_config(config, "serve"), **flags})
     from lutetia.cli.run_service import run_service

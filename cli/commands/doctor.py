@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from lutetia.cli.arguments import StateFolder
+from lutetia.cli.arguments import StateFolder, read_ticket
 from lutetia.cli.output import JsonFlag, emit
 
 
@@ -13,11 +15,27 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+def doctor(
+    ticket: Annotated[
+        str | None,
+        typer.Argument(
+            envvar="LUTETIA_TICKET",
+            help="A run's ticket: check whether this machine can train its experts.",
+            metavar="[TICKET]",
+        ),
+    ] = None,
+    state_folder: StateFolder = None,
+    as_json: JsonFlag = False,
+) -> None:
     """Check this machine before it joins a run."""
     from lutetia.cli.doctor_checks import render_findings, run_checks
     from lutetia.system.paths import default_state_folder
 
+    decoded = read_ticket(ticket) if ticket else None
     findings = run_checks(state_folder or default_state_folder())
+    if decoded:
+        from lutetia.cli.run_needs import check_run
+
+        findings.append(check_run(decoded))
     emit({"findings": [vars(finding) for finding in findings]}, as_json, lambda: render_findings(findings))
     raise typer.Exit(next((finding.code for finding in findings if finding.verdict == "fail"), 0))

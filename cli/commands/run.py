@@ -48,6 +48,10 @@ def create(
     created = create_run(data, folder, settings)
     if warning := reach_warning(settings.resolved().addresses):
         say(warning)
+    from lutetia.cli.run_needs import coordinator_needs, node_needs
+
+    for line in (*node_needs(created.manifest), coordinator_needs(created.manifest)):
+        say(line)
     document = {"run": created.run, "folder": str(folder), "ticket": created.ticket}
     emit(document, as_json, lambda: created_text(document, same_config(config, "serve")))
 

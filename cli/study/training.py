@@ -137,7 +137,7 @@ async def _swarm(training: Training, folder: Path, machines: Machines, on_progre
     watch, most_done = SwarmPoller(run, folder), 0
     async with LocalSwarm(folder / "logs") as swarm:
         began = time.time()
-        coordinator = await swarm.serve(run, "--stitch", "end", "--no-gallery", "--exit-when-done")
+        coordinator = await swarm.serve(run, "--stitch", "end", "--no-gallery", "--exit-when-done", "--keep-all-weights")
         up = False
         async for _ in polls(swarm):
             if not coordinator.running:

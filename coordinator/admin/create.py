@@ -27,7 +27,7 @@ from lutetia.models.data.description import DataDescription, DataFile, files_of,
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.capabilities import SHARD_PARTS
+from lutetia.protocol.schema.capabilities import COMPACT, SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import (
     ExpertSpec,
@@ -209,7 +209,11 @@ def _manifest(
         )
         for shard in description.shards
     )  # fmt: skip
+    from lutetia.models.training.memory.forecast import checkpoint_form
+
     expert = _expert(settings, description.latent, sources)
+    form, why = checkpoint_form(settings.checkpoints, expert)
+    _log.info("checkpoints are published in the form %s: %s", form, why)
     try:
         return Manifest(
             name=settings.name, owner=owner.public_key, coordinators=(coordinator.public_key,),
@@ -221,8 +225,9 @@ def _manifest(
             timing=settings.timing, audit=settings.audit, hardware=settings.hardware, allowlist=settings.allowlist,
             needs=(
                 SHARD_PARTS, *needed_capabilities(expert, settings.optimisation),
-                *pipeline_needs(expert, description.latent, settings.sampling),
+                *pipeline_needs(expert, description.latent, settings.sampling), *([COMPACT] * (form == "compact")),
             ),
+            checkpoints=form,
             card=settings.card,
         )  # fmt: skip
     except ValidationError as error:

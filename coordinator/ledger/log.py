@@ -158,11 +158,16 @@ class Ledger:
         with self._writing, _sqlite_errors(self.path):
             return [LedgerRow(*line) for line in self._connection.execute(query, (event, limit))]
 
-    def accepted_states(self) -> set[str]:
-        """Digests of all training states that were ever accepted."""
-        states = "SELECT event ->> '$.acceptance.state.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
+    def accepted_blobs(self, states_only: bool) -> set[str]:
+        """Digests of the training states, and of weights and traces too, of all results that were ever accepted."""
+        accepted = "FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
+        queries = [f"SELECT event ->> '$.acceptance.state.digest' {accepted}"]
+        if not states_only:
+            queries.append(f"SELECT event ->> '$.acceptance.weights.digest' {accepted}")
+            queries.append("SELECT event ->> '$.record.trace.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-seen'")
         with self._writing, _sqlite_errors(self.path):
-            return {digest for (digest,) in self._connection.execute(states)}
+            found = {digest for query in queries for (digest,) in self._connection.execute(query)}
+        return found - {None}
 
     def has_accepted(self, checkpoint: str) -> bool:
         """Whether this checkpoint was ever accepted. Reads the whole file; may be called from any thread."""

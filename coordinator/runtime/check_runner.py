@@ -14,6 +14,7 @@ from lutetia.coordinator.acceptance.audit_comparison import OWN_KIND, AuditFindi
 from lutetia.coordinator.acceptance.checks import CheckFailed, Replayed, SizeLimits, Verdict
 from lutetia.coordinator.acceptance.loss_bounds import Losses
 from lutetia.coordinator.acceptance.messages import StartAudit
+from lutetia.coordinator.acceptance.retention import blobs_of, needed_blobs, undecided_blobs
 from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
@@ -86,9 +87,10 @@ class NetworkCheckRunner:
         audit_worker: replays epochs, in a process of its own, so that no acceptance waits for a replay.
         slowest_bytes_per_second: a checkpoint that arrives slower is inconclusive.
         holdouts: the held-out clips, which are never served.
-        states: digests of the accepted training states that may still be in `blobs`.
+        accepted: digests of accepted results' blobs that may still be in `blobs` and are to be removed when nothing needs them.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
         proof_worker: replays doubted results, for which a shard waits; None: `audit_worker` does.
+        keep_all_weights: keep weights and traces of all accepted epochs for good.
         check_seconds: what scoring one result may take; fewer held-out rows are scored where all would take longer.
     """
 
@@ -100,10 +102,11 @@ class NetworkCheckRunner:
     audit_worker: WorkerClient
     slowest_bytes_per_second: float
     holdouts: Holdouts
-    states: set[str] = field(default_factory=set)
+    accepted: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
     proof_worker: WorkerClient | None = None
     check_seconds: float = CHECK_SECONDS
+    keep_all_weights: bool = False
 
     def __post_init__(self) -> None:
         self._scores = RowScores(self.worker, self.check_seconds)
@@ -224,7 +227,8 @@ class NetworkCheckRunner:
     async def _losses(self, record: CheckpointRecord, part: Part, weights: Path | None) -> Losses:
         check: CheckName = "raw" if part == "raw" else "holdout"
         holdout, draw = self.holdouts.path(self.manifest.shards[record.shard].holdout), self.holdouts.draw(record.digest)
-        job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=part == "raw")
+        averages = self._path(record.weights) if part == "raw" else None
+        job = MeasureLoss(shard=record.shard, weights=weights, holdout=holdout, draw=draw, raw=part == "raw", averages=averages)
         patience = patience_for(record.weights.size + record.state.size)
         return await self._checked(check, self._scores.measure(record.digest, part, job, patience))
 
@@ -249,31 +253,32 @@ class NetworkCheckRunner:
 
     def still_whole(self, record: CheckpointRecord) -> Verdict | None:
         """None when all blobs of a checked result are still here, else the verdict that it cannot be accepted now."""
-        missing = [digest for digest in _blobs_of(record) if self._store_with(digest) is None]
+        missing = [digest for digest in blobs_of(record) if self._store_with(digest) is None]
         return Verdict("inconclusive", "transfer", f"blob {min(missing)[:12]} went missing meanwhile") if missing else None
 
     def keep(self, record: CheckpointRecord) -> None:
         """Serve the blobs of an accepted result from now on. Blocks on the disk.
 
-        Weights and traces are kept for good, training states (several times as large) until `forget` removes them.
+        They are kept until `forget` removes them (`acceptance.retention`).
         """
         self._scores.forget(record.digest)
         for ref in (record.weights, record.state, record.trace):
             if not self.blobs.has(ref.digest):
                 self.blobs.adopt(self.incoming.path(ref.digest), self.incoming.table(ref.digest))
                 self.incoming.remove(ref.digest)
-        self.states.add(record.state.digest)
+        self.accepted |= {record.state.digest} if self.keep_all_weights else blobs_of(record)
 
     def forget(self, run: RunState) -> None:
-        """Remove the training states that no training, due audit or undecided result needs. Blocks on the disk."""
-        for digest in self.states - needed_states(run, self.kept_states) - undecided_blobs(run):
+        """Remove the blobs of accepted results that nothing needs any more. Blocks on the disk."""
+        given = {spec.init.digest for spec in map(self.manifest.expert_of, range(len(self.manifest.shards))) if spec.init}
+        for digest in self.accepted - needed_blobs(run, self.kept_states) - given:
             self.blobs.remove(digest)
-            self.states.discard(digest)
+            self.accepted.discard(digest)
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None:
         """Remove what was fetched of a result that was not accepted, except blobs that another undecided result names, too."""
         self._scores.forget(record.digest)
-        for digest in _blobs_of(record) - undecided_blobs(run):
+        for digest in blobs_of(record) - undecided_blobs(run):
             self.incoming.remove(digest)
 
 
@@ -290,31 +295,10 @@ def finding_of(answer: EpochReplayed, author: TrainedWith) -> AuditFinding:
     return compare(answer.published, losses, answer.drift, author, answer.made, answer.noise, answer.farthest or "end")
 
 
-def _blobs_of(record: CheckpointRecord) -> set[str]:
-    return {ref.digest for ref in (record.weights, record.state, record.trace)}
-
-
-def undecided_blobs(run: RunState) -> set[str]:
-    """The digests of all blobs that undecided results name. Any peer may name the blobs of another peer's result."""
-    undecided = (candidate.record for shard in run.shards.values() for candidate in shard.candidates.values())
-    return {digest for record in undecided for digest in _blobs_of(record)}
-
-
 def _refuse_wrong_size(store: BlobStore, ref: BlobRef, name: str) -> None:
     """A blob's digest covers its size: with a wrong size no peer could fetch it."""
     if (size := store.table(ref.digest).size) != ref.size:
         raise CheckFailed("invalid", "transfer", f"it gives its {name} {ref.size} bytes; the blob of that digest has {size}")
-
-
-def needed_states(run: RunState, kept: int) -> set[str]:
-    """The digests of the training states of each shard's last `kept` epochs, and of those that due audits begin or end with."""
-    needed = {link.acceptance.state.digest for shard in run.shards.values() for link in shard.lineage[-kept:]}
-    for audit in run.audits.values():
-        shard = run.shards[audit.shard]
-        link = shard.link(audit.checkpoint)
-        before = link and shard.before(link)
-        needed |= {epoch.acceptance.state.digest for epoch in (link, before) if epoch}
-    return needed
 
 
 def _impossible(text: str) -> Replayed:

@@ -81,7 +81,8 @@ class LossMeasured(_Line):
 
 
 class MeasureLoss(Job[LossMeasured]):
-    """The held-out loss of `weights`; without them, of the shard's initial model. `raw`: `weights` is a training state.
+    """The held-out loss of `weights`; without them, of the shard's initial model. `raw`: `weights` is a training state, which in
+    the compact form is read with the `averages` beside it.
 
     `draw` fixes the noise, the times and the order in which rows are scored where not all of them fit into `seconds` (None: no
     limit). At least `fewest` rows are scored. `count`, `drawn` and `known`: `models.training.holdout_loss.RowLimits`.
@@ -93,6 +94,7 @@ class MeasureLoss(Job[LossMeasured]):
     holdout: Path
     draw: str
     raw: bool = False
+    averages: Path | None = None
     seconds: float | None = None
     fewest: int = 1
     count: int | None = None

@@ -141,8 +141,7 @@ class WorkerProcess:
     def sizes(self) -> SizesMeasured:
         """The coordinator asks for this first, so a device that is not there is found at the start."""
         assert self.device
-        from lutetia.models.experts.families import weight_schema
-        from lutetia.models.training.checkpoint_checks import state_schema
+        from lutetia.models.training.checkpoint_checks import published_schema, state_schema
 
         def form(schema: Any) -> tuple[int, int]:
             sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in schema.values() if -1 not in shape]
@@ -153,8 +152,8 @@ class WorkerProcess:
             spec = self.manifest.expert_of(shard.index)
             name = spec.model_dump_json()
             if name not in known:
-                required, optional = state_schema(spec, self.manifest.optimisation)
-                known[name] = form(weight_schema(spec)), form({**required, **optional})
+                required, optional = state_schema(spec, self.manifest.optimisation, self.manifest.checkpoints)
+                known[name] = form(published_schema(spec, self.manifest.checkpoints)), form({**required, **optional})
             weights[shard.index], state[shard.index] = known[name]
         return SizesMeasured(weights=weights, state=state)
 
@@ -174,7 +173,8 @@ class WorkerProcess:
 
         seconds = math.inf if job.seconds is None else job.seconds
         result = holdout_loss(
-            self.manifest, job.shard, job.weights, self._holdout(job.holdout), draw=job.draw, raw=job.raw, device=self.device,
+            self.manifest, job.shard, job.weights, self._holdout(job.holdout), draw=job.draw, raw=job.raw, averages=job.averages,
+            device=self.device,
             limits=RowLimits(seconds, job.fewest, job.count, job.drawn, job.known), on_rows=report, clock=self._clock,
             base=self._base,
         )  # fmt: skip

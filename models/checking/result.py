@@ -60,15 +60,15 @@ def inspect_result(manifest: Manifest, files: ResultFiles, progress: Callable[[]
 
     Raises CheckpointMisfit.
     """
-    spec = manifest.expert_of(files.shard)
-    check_weights(files.weights, spec)
+    spec, form = manifest.expert_of(files.shard), manifest.checkpoints
+    check_weights(files.weights, spec, form)
     progress()
-    check_state(files.state, spec, manifest.optimisation)
+    check_state(files.state, spec, manifest.optimisation, form, files.weights)
     progress()
-    check_moments(files.state, manifest.optimisation)
+    check_moments(files.state, manifest.optimisation, form, files.weights)
     progress()
     _check_agreement(manifest, files, progress)
-    check_lag(files.state, files.weights, manifest.optimisation)
+    check_lag(files.state, files.weights, manifest.optimisation, form)
     progress()
     if (steps := len(read_trace(files.trace))) != manifest.steps_per_epoch:
         text = f"its trace has {steps} losses; an epoch has {manifest.steps_per_epoch} steps"
@@ -104,7 +104,10 @@ def score_result(
 
     def score(weights: Path | None, raw: bool = False) -> tuple[float, ...]:
         few = RowLimits(limits.seconds / 3, limits.fewest, counts[-1], drawn=True)
-        loss = holdout_loss(manifest, files.shard, weights, data, draw=draw, raw=raw, device=device, limits=few, base=base)
+        loss = holdout_loss(
+            manifest, files.shard, weights, data, draw=draw, raw=raw, averages=files.weights if raw else None, device=device,
+            limits=few, base=base,
+        )  # fmt: skip
         rows = loss.rows
         counts.append(len(rows))
         return rows

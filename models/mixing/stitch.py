@@ -82,7 +82,7 @@ def _fill(
     accepted: Mapping[int, AcceptanceRecord],
 ) -> MixtureDocument:
     for shard, path in weights.items():
-        check_weights(path, manifest.expert_of(shard))
+        check_weights(path, manifest.expert_of(shard), None)
     write_parts(build, manifest, list(weights), router)
     if router is not None:
         router.save_pretrained(build / "router")

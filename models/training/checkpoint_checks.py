@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from lutetia.models.experts.families import Schema, build_meta, weight_schema
 from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.tensor_files import DTYPES, MAX_HEADER_BYTES, NotTensors, TensorFile
 from lutetia.models.training.optimisers import hidden_matrices
-from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.models.training.states.compact import CODES, MOMENTUM, PARAMETER, SCALE, SECOND, open_state
+from lutetia.models.training.states.eight_bit import blocks
+from lutetia.protocol.schema.manifest import CheckpointForm, ExpertSpec, Optimisation
 from lutetia.system.errors import IntegrityError
 
 Reason = Literal["missing", "extra", "shape", "dtype", "non-finite", "norm", "header"]
@@ -36,19 +38,59 @@ class CheckpointMisfit(IntegrityError):
         self.reason: Reason = reason
 
 
-def check_weights(path: Path, spec: ExpertSpec) -> None:
-    """Raises CheckpointMisfit unless `path` holds exactly the expert's weights, finite and of bounded norm."""
-    _check(path, weight_schema(spec), {})
+def check_weights(path: Path, spec: ExpertSpec, form: CheckpointForm | None = "float32") -> None:
+    """Raises CheckpointMisfit unless `path` holds exactly the expert's weights, finite and of bounded norm.
+
+    `form`: of the checkpoint. None: either, for weights that were checked when they arrived, or given to begin with.
+    """
+    header = _read_header(path)
+    schema = published_schema(spec, form or "float32")
+    compact = published_schema(spec, "compact")
+    if form is None and header.keys() == schema.keys() and any(header[name].get("dtype") == "BF16" for name in compact):
+        schema = compact
+    _check(path, schema, {})
 
 
-def check_state(path: Path, spec: ExpertSpec, optimisation: Optimisation) -> None:
-    """Raises CheckpointMisfit unless `path` holds a training state that this expert and optimiser can resume from."""
-    required, optional = state_schema(spec, optimisation)
-    _check(path, required, optional)
+def published_schema(spec: ExpertSpec, form: CheckpointForm) -> Schema:
+    """Name, shape and dtype of every tensor of a checkpoint's weights file."""
+    schema = weight_schema(spec)
+    if form == "compact":
+        schema |= {name: (schema[name][0], torch.bfloat16) for name in trained_parameters(build_meta(spec))}
+    return schema
 
 
-def state_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, Schema]:
-    """The tensors that a training state must hold (parameters) and may hold (moments, EMA, a loss trace of any length)."""
+def check_state(
+    path: Path, spec: ExpertSpec, optimisation: Optimisation, form: CheckpointForm = "float32", weights: Path | None = None
+) -> None:
+    """Raises CheckpointMisfit unless `path` holds a training state that this expert and optimiser can resume from.
+
+    `weights`: the checked file that a compact state belongs to.
+    """
+    required, optional = state_schema(spec, optimisation, form)
+    _check(path, required, optional, plain=form == "float32")
+    if form == "compact":
+        with open_state(path, weights, form) as state:
+            for name in state:
+                _check_numbers(path, name, state[name])
+
+
+def state_schema(spec: ExpertSpec, optimisation: Optimisation, form: CheckpointForm = "float32") -> tuple[Schema, Schema]:
+    """The tensors that a training state must hold (parameters) and may hold (moments, EMA, a loss trace of any length).
+
+    A compact one must hold its moments, too.
+    """
+    required, optional = _plain_schema(spec, optimisation)
+    if form == "float32":
+        return required, optional
+    packed: Schema = {}
+    for name, (shape, _) in (required | optional).items():
+        if name.startswith((PARAMETER, SECOND, MOMENTUM)):
+            packed[CODES + name] = shape, torch.int8 if name.startswith(PARAMETER) else torch.float8_e4m3fn
+            packed[SCALE + name] = (blocks(math.prod(shape)),), torch.int8
+    return packed, {"trace": optional["trace"]}
+
+
+def _plain_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, Schema]:
     model = build_meta(spec)
     matrices = hidden_matrices(model) if optimisation.optimizer == "muon" else set()
     required: Schema = {}
@@ -61,13 +103,14 @@ def state_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, 
     return required, optional
 
 
-def _check(path: Path, required: Schema, optional: Schema) -> None:
+def _check(path: Path, required: Schema, optional: Schema, *, plain: bool = True) -> None:
+    """`plain`: whether the file's numbers are those that are meant, so that their norms can be checked."""
     header = _read_header(path)
     _check_names(path, header, required, optional)
     expected = required | optional
     for name, entry in header.items():
         _check_form(path, name, entry, *expected[name])
-    _check_values(path, header)
+    _check_values(path, header if plain else ())
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -108,7 +151,7 @@ def _check_form(path: Path, name: str, entry: dict[str, Any], shape: tuple[int, 
         raise CheckpointMisfit("dtype", f"{name} of {path.name} is {entry.get('dtype')} instead of {DTYPES[dtype]}; refused")
 
 
-def _check_values(path: Path, header: Mapping[str, Any]) -> None:
+def _check_values(path: Path, header: Iterable[str]) -> None:
     """Finite numbers and bounded norms, one tensor in memory at a time; a norm is finite only if all its numbers are."""
     try:
         with TensorFile(path) as file:

@@ -16,7 +16,8 @@ from lutetia.models.device import Precision
 from lutetia.models.tensor_files import TensorFile, read_document, write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
-from lutetia.protocol.schema.manifest import Manifest
+from lutetia.models.training.states.compact import WEIGHTS
+from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
 
 _PLACE = ("run", "shard", "epoch", "step", "samples", "micro_batch", "precision", "device")
 _NUMBERS = ("shard", "epoch", "step", "samples", "micro_batch")
@@ -50,6 +51,8 @@ class Snapshot:
     """Losses of the epoch that is being trained or has just ended."""
     memory: MemoryOptions = PLAIN
     """In which forms the state was kept."""
+    packed: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors of the published files in the compact form (`packed_state`); empty in a run with the plain form."""
     sources: Mapping[int, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
     """By `id`: makes the values of a tensor above that is a placeholder, because it is kept in another form than float32."""
 
@@ -81,12 +84,15 @@ def write_weights(snapshot: Snapshot, path: Path) -> None:
 
     Raises DiskError.
     """
-    write_tensors(path, snapshot.weights, reading=snapshot.reading)
+    packed = {name.removeprefix(WEIGHTS): tensor for name, tensor in snapshot.packed.items() if name.startswith(WEIGHTS)}
+    write_tensors(path, snapshot.weights | packed, reading=snapshot.reading)
 
 
 def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
     """Write parameters, moments, counters, loss trace and, unless the weights file travels with it, the EMA. Raises DiskError."""
     tensors = {f"param.{name}": tensor for name, tensor in snapshot.parameters.items()} | snapshot.moments
+    if snapshot.packed and not ema:
+        tensors = {name: tensor for name, tensor in snapshot.packed.items() if not name.startswith(WEIGHTS)}
     if ema:
         tensors |= {f"ema.{name}": tensor for name, tensor in snapshot.ema.items()}
     tensors["trace"] = torch.tensor(snapshot.trace, dtype=torch.float32)
@@ -97,18 +103,22 @@ def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
 
 
 def read_weights(path: Path, manifest: Manifest, shard: int) -> dict[str, Tensor]:
-    """The weights of a shard's expert, checked. Raises CheckpointMisfit."""
-    check_weights(path, manifest.expert_of(shard))
+    """The weights of a shard's expert, checked, in the form that they have. Raises CheckpointMisfit."""
+    check_weights(path, manifest.expert_of(shard), None if manifest.checkpoints == "compact" else "float32")
     with TensorFile(path) as file:
         return dict(file)
 
 
-def check_resumable(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+def check_resumable(
+    path: Path, manifest: Manifest, shard: int, form: CheckpointForm = "float32", weights: Path | None = None
+) -> dict[str, Any]:
     """Check a training state, reading one tensor at a time; returns its place (`read_place`).
+
+    `form`: a local state has the plain one in every run. `weights`: the checked file that a compact state belongs to.
 
     Raises CheckpointMisfit if it does not fit the expert or is of another run or shard.
     """
-    check_state(path, manifest.expert_of(shard), manifest.optimisation)
+    check_state(path, manifest.expert_of(shard), manifest.optimisation, form, weights)
     return read_place(path, manifest, shard)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lutetia.models.data.shards import ClipReader, bucket_of
@@ -21,8 +20,9 @@ from lutetia.models.experts.objectives import times
 from lutetia.models.experts.trained import load_trained, trained_parameters
 from lutetia.models.randomness import normals, stream
 from lutetia.models.training.checkpoint_io import read_weights
+from lutetia.models.training.states.compact import open_state
 from lutetia.models.training.trainer import initial_seed
-from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
 
 BINS = 10
 _ROWS = 32  # per forward pass; does not change a row's noise
@@ -76,6 +76,7 @@ def holdout_loss(
     *,
     draw: str | None = None,
     raw: bool = False,
+    averages: Path | None = None,
     noises: int = 4,
     device: str | torch.device = "cpu",
     limits: RowLimits | None = None,
@@ -96,6 +97,7 @@ def holdout_loss(
         draw: fixes noise and times. The coordinator gives a secret one for each result, so that nobody can train on the very
             rows that will be scored. None: the run's id, for measurements that decide nothing.
         raw: `weights` is a checked state file; score its parameters, from which training continues, instead of averages.
+        averages: the weights file of a raw state in the compact form.
         noises: rows per clip, each with its own noise and time.
         device: where to compute.
         limits: how many rows to score. None: all.
@@ -110,7 +112,7 @@ def holdout_loss(
     spec = manifest.expert_of(shard)
     model = load_expert(spec, initial_seed(manifest, shard), base)
     if weights is not None and raw:
-        _load_raw(model, weights)
+        _load_raw(model, weights, averages, manifest.checkpoints)
     elif weights is not None:
         load_trained(model, read_weights(weights, manifest, shard))
     model = model.to(device).eval()
@@ -237,8 +239,8 @@ def holdout_rows(
     return clips, RowNoise(blocks), t
 
 
-def _load_raw(model: nn.Module, state: Path) -> None:
+def _load_raw(model: nn.Module, state: Path, averages: Path | None, form: CheckpointForm) -> None:
     """Reads one parameter at a time: a state is several times as large as its parameters."""
-    with safe_open(state, framework="pt") as file:
+    with open_state(state, averages, form) as tensors:
         for name, parameter in trained_parameters(model).items():
-            parameter.copy_(file.get_tensor(f"param.{name}"))
+            parameter.copy_(tensors[f"param.{name}"])

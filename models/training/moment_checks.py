@@ -19,13 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.optimisers import MUON_RATE
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.models.training.states.compact import open_state
+from lutetia.protocol.schema.manifest import CheckpointForm, Optimisation
 
 _SLACK = 1.02  # rounding
+_COMPACT_SLACK = 1.1  # rounding of roots and momenta to 8 bits
 _TINY = 1e-8  # below Adam's epsilon nothing moves
 FIRST, SECOND, MUON = "adamw.exp_avg.", "adamw.exp_avg_sq.", "muon.momentum_buffer."
 
@@ -51,12 +53,12 @@ def largest_lag(optimisation: Optimisation, shape: Sequence[int], muon: bool) ->
     return 2 * optimisation.learning_rate * step * decay / (1 - decay)
 
 
-def check_lag(path: Path, weights: Path, optimisation: Optimisation) -> None:
+def check_lag(path: Path, weights: Path, optimisation: Optimisation, form: CheckpointForm = "float32") -> None:
     """Raises CheckpointMisfit where a raw parameter of a checked state is farther from its average than steps can bring it."""
-    with safe_open(path, framework="pt") as state, safe_open(weights, framework="pt") as averages:
-        names = set(state.keys())
+    with open_state(path, weights, form) as state, TensorFile(weights) as averages:
+        names = set(state)
         for name in sorted(name.removeprefix("param.") for name in names if name.startswith("param.")):
-            raw, average = state.get_tensor(f"param.{name}").float(), averages.get_tensor(name).float()
+            raw, average = state[f"param.{name}"].float(), averages[name].float()
             decay = optimisation.learning_rate * optimisation.weight_decay / (1 - optimisation.ema_decay)
             most = largest_lag(optimisation, raw.shape, MUON + name in names) + (0.01 + decay) * average.abs()
             if bool(((raw - average).abs() > most).any()):
@@ -64,18 +66,23 @@ def check_lag(path: Path, weights: Path, optimisation: Optimisation) -> None:
                 raise CheckpointMisfit("norm", text)
 
 
-def check_moments(path: Path, optimisation: Optimisation) -> None:
-    """Raises CheckpointMisfit unless the moments of a checked state file can come from training."""
+def check_moments(path: Path, optimisation: Optimisation, form: CheckpointForm = "float32", weights: Path | None = None) -> None:
+    """Raises CheckpointMisfit unless the moments of a checked state file can come from training.
+
+    A compact state has no first moments: they are zeros, which contradict nothing. `weights`: the file that it belongs to.
+    """
     norms = {FIRST: 0.0, SECOND: 0.0, MUON: 0.0}
     ratio = moment_ratio(optimisation)
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+    slack = _SLACK if form == "float32" else _COMPACT_SLACK
+    with open_state(path, weights, form) as file:
+        names = list(file)
         first, second = ({name.removeprefix(kind) for name in names if name.startswith(kind)} for kind in (FIRST, SECOND))
-        if first != second:
+        if first != second and form == "float32":
             name = min(first ^ second)
             raise CheckpointMisfit("missing", f"{path.name} has one of Adam's two moments of {name} without the other; refused")
-        for name in sorted(first):
-            m, v = file.get_tensor(FIRST + name), file.get_tensor(SECOND + name)
+        for name in sorted(second):
+            v = file[SECOND + name]
+            m = file[FIRST + name] if form == "float32" else torch.zeros(())
             if bool((v < 0).any()):
                 raise CheckpointMisfit("norm", f"the second moment of {name} in {path.name} has negative entries; refused")
             if bool((m.abs() > v.mul(ratio).sqrt().mul_(_SLACK).add_(_TINY)).any()):
@@ -84,14 +91,14 @@ def check_moments(path: Path, optimisation: Optimisation) -> None:
             norms[FIRST] += torch.linalg.vector_norm(m, dtype=torch.float64).item() ** 2
             norms[SECOND] += v.sum(dtype=torch.float64).item()
         for name in (name for name in names if name.startswith(MUON)):
-            norms[MUON] += torch.linalg.vector_norm(file.get_tensor(name), dtype=torch.float64).item() ** 2
+            norms[MUON] += torch.linalg.vector_norm(file[name], dtype=torch.float64).item() ** 2
     if not any(norms.values()):
         raise CheckpointMisfit(
             "missing", f"{path.name} holds no moments of the optimiser, although every step makes some; refused"
         )
     most = optimisation.gradient_clip
     for kind, squared in norms.items():
-        if math.sqrt(squared) > most * _SLACK:
+        if math.sqrt(squared) > most * slack:
             what = {FIRST: "first moments", SECOND: "second moments' roots", MUON: "momenta"}[kind]
             text = f"the {what} in {path.name} have norm {math.sqrt(squared):.3g}; clipped gradients give at most {most:g}"
             raise CheckpointMisfit("norm", f"{text}; refused")

@@ -13,10 +13,12 @@ from lutetia.models.experts.trained import published_name, trained_parameters
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.slim_adamw import REST, SlimAdamW
 from lutetia.models.training.muon import Muon
+from lutetia.models.training.states.compact import FIRST, PARAMETER, pack, unpacked
 from lutetia.models.training.states.eight_bit import Packed
 from lutetia.protocol.schema.manifest import Optimisation
 from lutetia.system.errors import ConfigError
 
+_SETTLING = 3
 Make = Callable[[], Tensor]
 """Makes the float32 values of a tensor that is kept in another form."""
 LAST_RATE = 0.02  # the cosine ends at this share of the peak
@@ -122,6 +124,33 @@ class Optimiser:
                         if moment not in state:
                             self._keep(part, parameter, moment, torch.zeros_like(parameter, dtype=torch.float32))
 
+    def settle(self, averages: Mapping[str, Tensor]) -> None:
+        """Round the state, and the averages, to what the compact form of a checkpoint holds (`states.compact`)."""
+        for parameter, name in self._names.items():
+            averages[name].copy_(averages[name].bfloat16())
+            average = averages[name].to(parameter.device)
+            for _ in range(_SETTLING):
+                values = unpacked(PARAMETER, pack(PARAMETER, self.values(parameter), average), average)
+                self._set(parameter, values)
+                if torch.equal(self.values(parameter), values):
+                    break
+            else:  # weights in bfloat16 may not reach it: those that do not become the average
+                again = unpacked(PARAMETER, pack(PARAMETER, self.values(parameter), average), average)
+                self._set(parameter, torch.where(again == self.values(parameter), again, average))
+        for kind, (part, _) in self._parts.items():
+            for parameter, moments in part.state.items():
+                for moment in [moment for moment in moments if moment not in ("step", REST)]:
+                    name = f"{kind}.{moment}.{self._names[parameter]}"
+                    values = self._slim.moment(parameter, moment) if self._slim and self._slim is part else moments[moment]
+                    settled = torch.zeros_like(values) if name.startswith(FIRST) else unpacked(name, pack(name, values))
+                    self._keep(part, parameter, moment, settled)
+
+    def _set(self, parameter: Tensor, values: Tensor) -> None:
+        if self._slim:
+            self._slim.set_values(parameter, values)
+        else:
+            parameter.detach().copy_(values)
+
     def load_values(self, values: Mapping[str, Tensor]) -> None:
         """Set the parameters that are kept in bfloat16, with what rounds off."""
         for parameter, name in self._names.items():
@@ -129,8 +158,11 @@ class Optimiser:
                 self._slim.set_values(parameter, values[name].to(parameter.device))
 
     def _keep(self, part: torch.optim.Optimizer, parameter: Tensor, moment: str, value: Tensor) -> None:
+        kept = part.state[parameter].get(moment)
         if self._slim is not None and self._slim is part:
             self._slim.set_moment(parameter, moment, value)
+        elif isinstance(kept, Tensor):
+            kept.copy_(value)
         else:
             part.state[parameter][moment] = value
 

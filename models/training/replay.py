@@ -19,10 +19,12 @@ from torch import Tensor
 from lutetia.models.data.shards import ClipReader
 from lutetia.models.device import Precision
 from lutetia.models.experts.adapters.base_model import Base
+from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Snapshot
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.moment_distance import moment_distance
+from lutetia.models.training.states.compact import open_state
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import TrainedWith
@@ -212,11 +214,10 @@ def end_distances(trainer: ExpertTrainer, start: Mapping[str, Tensor], end: Repl
     Parameters and averages (with what is published beside them and never trained, such as positions): their distance over the
     distance that the replay moved from `start`. Moments: `moment_distance`.
     """
-    with safe_open(end.state, framework="pt") as state, safe_open(end.weights, framework="pt") as weights:
-        kept = set(state.keys())
+    with open_state(end.state, end.weights, trainer.manifest.checkpoints) as state, TensorFile(end.weights) as weights:
         return _distances(
-            trainer.snapshot(), start, lambda name: state.get_tensor(f"param.{name}"), weights.get_tensor,
-            lambda name: state.get_tensor(name) if name in kept else None, trainer.device,
+            trainer.snapshot(), start, lambda name: state[f"param.{name}"], weights.__getitem__,
+            state.get, trainer.device,
         )  # fmt: skip
 
 

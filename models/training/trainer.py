@@ -31,13 +31,14 @@ from lutetia.models.experts.families import call_expert, check_fits
 from lutetia.models.experts.loss_weights import weighted_losses
 from lutetia.models.experts.trained import load_trained, published_tensors, trained_parameters
 from lutetia.models.randomness import seed_of
-from lutetia.models.tensor_files import TensorFile
+from lutetia.models.tensor_files import TensorFile, under
 from lutetia.models.training.batches import Batch, Batches, BatchesAhead
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
 from lutetia.models.training.checkpoint_io import Snapshot, check_resumable, read_weights, write_state, write_weights
 from lutetia.models.training.loss_scaling import scaled_backward
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, keep_weights_in_bfloat16, learning_rate
+from lutetia.models.training.states.compact import open_state, packed_state
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
@@ -156,6 +157,8 @@ class ExpertTrainer:
         self._optimiser.step(learning_rate(optimisation, done, total))
         self._ema.update(ema_decay(optimisation, done))
         self.step_in_epoch += 1
+        if self.at_epoch_end and self.manifest.checkpoints == "compact":
+            self._optimiser.settle(self._ema.weights)
         value = loss.item()
         self.trace.append(value)
         if not math.isfinite(value):
@@ -201,7 +204,7 @@ class ExpertTrainer:
         live = self._state(Snapshot)
         return replace(
             live, parameters=_copies(live, live.parameters), ema=_copies(live, live.ema), buffers=_copies(live, live.buffers),
-            moments=_copies(live, live.moments), sources={},
+            moments=_copies(live, live.moments), packed=_copies(live, live.packed), sources={},
         )  # fmt: skip
 
     def live_snapshot(self) -> LiveSnapshot:
@@ -213,6 +216,11 @@ class ExpertTrainer:
 
     def _state(self, kind: type[S]) -> S:
         parameters, moments = list(self._optimiser.parameters()), list(self._optimiser.state())
+        packed, sources = dict[str, Tensor](), {id(tensor): make for _, tensor, make in (*parameters, *moments) if make}
+        if self.at_epoch_end and self.manifest.checkpoints == "compact":
+            makes = ({name: make or tensor.detach for name, tensor, make in part} for part in (parameters, moments))
+            packed, more = packed_state(next(makes), self._ema.weights, next(makes))
+            sources |= more
         return kind(
             run=self.manifest.run_id,
             shard=self.shard,
@@ -228,7 +236,8 @@ class ExpertTrainer:
             moments={name: tensor for name, tensor, _ in moments},
             trace=list(self.trace),
             memory=self.memory,
-            sources={id(tensor): make for _, tensor, make in (*parameters, *moments) if make},
+            packed=packed,
+            sources=sources,
         )
 
     def restore(self, epoch: int, weights: Path | None = None, state: Path | None = None, local: Path | None = None) -> str:
@@ -252,7 +261,9 @@ class ExpertTrainer:
             except IntegrityError as error:
                 log.warning("local state %s is not used: %s", local, error)
         if state is not None:
-            self._resume(state, self._place_of(state, epoch, step=0), weights)
+            if weights is not None:
+                check_weights(weights, self.spec, self.manifest.checkpoints)
+            self._resume(state, self._place_of(state, epoch, 0, weights), weights)
             return f"continued shard {self.shard} from accepted epoch {epoch}"
         if weights is not None:
             self._start(read_weights(weights, self.manifest, self.shard), epoch)
@@ -263,8 +274,10 @@ class ExpertTrainer:
             return f"started shard {self.shard} from its seeded initial weights"
         raise ConfigError(f"epoch {epoch} of shard {self.shard} has no accepted state to continue from; fetch it first")
 
-    def _place_of(self, path: Path, epoch: int, step: int | None = None) -> dict[str, Any]:
-        place = check_resumable(path, self.manifest, self.shard)
+    def _place_of(self, path: Path, epoch: int, step: int | None = None, weights: Path | None = None) -> dict[str, Any]:
+        """`step` None: of a local state, which has the plain form."""
+        form = "float32" if step is None or weights is None else self.manifest.checkpoints
+        place = check_resumable(path, self.manifest, self.shard, form, weights)
         if place["epoch"] != epoch or step not in (None, place["step"]):
             text = f"the state {path.name} is of epoch {place['epoch']}, step {place['step']}, not of epoch {epoch}"
             raise IntegrityError(text)
@@ -274,15 +287,14 @@ class ExpertTrainer:
 
     def _resume(self, path: Path, place: dict[str, Any], weights: Path | None) -> None:
         """Take over a checked state tensor by tensor, so that no second copy of it is ever in memory."""
-        if weights is not None:
-            check_weights(weights, self.spec)
+        form = "float32" if weights is None else self.manifest.checkpoints
         with ExitStack() as files:
-            state = files.enter_context(TensorFile(path))
-            ema = files.enter_context(TensorFile(weights)) if weights is not None else state.under("ema.")
+            state = files.enter_context(open_state(path, weights, form))
+            ema = files.enter_context(TensorFile(weights)) if weights is not None else under(state, "ema.")
             if not self._ema.weights.keys() <= ema.keys():
                 text = f"the state of shard {self.shard} has no EMA and came without its weights; fetch them too"
                 raise CheckpointMisfit("missing", text)
-            self._start(state.under("param."), place["epoch"], ema)
+            self._start(under(state, "param."), place["epoch"], ema)
             trace = state["trace"].tolist() if "trace" in state and place["step"] else []
             self._place(place["epoch"], place["step"], trace)
             self._optimiser.load(state, self.steps)

@@ -125,9 +125,7 @@ class ArrivingFolder:
             self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
             if not lock_file(self._lock):
                 os.close(self._lock)
-                raise UsageError(
-                    f"another process fetches into {self.path.parent}; let it finish or choose another --out"
-                )
+                raise UsageError(f"another process fetches into {self.path.parent}; let it finish or choose another --out")
             for path in self.path.iterdir():
                 if path.name.partition(".")[0] not in self._wanted and path.name != _LOCK:
                     path.unlink(missing_ok=True)

@@ -14,11 +14,12 @@ SHARD_PARTS = "shard-parts"
 ADAPTERS = "adapters"
 PIPELINES = "pipelines"
 LOSS_WEIGHTS = "loss-weights"
-CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS)
+COMPACT = "compact-checkpoints"
+CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT)
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.
 `pipelines`: gives experts texts, inputs and noise as the diffusers pipeline does that they start from.
-`loss-weights`: weighs losses as the manifest says."""
+`loss-weights`: weighs losses as the manifest says. `compact-checkpoints`: writes and reads checkpoints in the compact form."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

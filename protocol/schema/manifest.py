@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, LOSS_WEIGHTS, Capabilities
+from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, LOSS_WEIGHTS, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -262,6 +262,9 @@ class HardwareNeeds(WireDocument):
     cuda: bool = Field(default=False, description="Whether the device must be a CUDA card")
 
 
+CheckpointForm = Literal["float32", "compact"]
+
+
 class Manifest(WireDocument):
     """The description of a whole run."""
 
@@ -297,6 +300,10 @@ class Manifest(WireDocument):
         default=None, max_length=16384, description="Public keys that may take part besides the coordinators; null: anyone"
     )
     card: CardSpec | None = added(None, "What the owner says in the mixture's model card; null: nothing")
+    checkpoints: CheckpointForm = added(
+        "float32",
+        "Form of published checkpoints: float32, or compact: averages in bfloat16, differences and moments in 8 bits",
+    )
     needs: Capabilities = added((), "Capabilities that a peer must have to take part; one that lacks any refuses the manifest")
 
     @model_validator(mode="after")
@@ -307,6 +314,8 @@ class Manifest(WireDocument):
             raise ValueError("the priors of the shards must add up to 1")
         if (self.version == 1) != (self.run is None):
             raise ValueError("the first version has no run id; every later version carries it")
+        if self.checkpoints == "compact" and COMPACT not in self.needs:
+            raise ValueError(f"compact checkpoints need the capability {COMPACT}; add it to needs")
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:

@@ -38,9 +38,9 @@ class LiveSnapshot(Snapshot):
     _stream: torch.cuda.Stream | None = None
 
     def __post_init__(self) -> None:
-        live = [*self.parameters.values(), *self.ema.values(), *self.moments.values()]
+        live = list(self.packed.values()) or [*self.parameters.values(), *self.ema.values(), *self.moments.values()]
         self._unread = {id(tensor): tensor for tensor in live}
-        devices = {tensor.device for tensor in live if tensor.device.type == "cuda"}
+        devices = {tensor.device for tensor in self.ema.values() if tensor.device.type == "cuda"}
         for device in devices:  # copies to the host go beside the next step's kernels, after what is queued now
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))

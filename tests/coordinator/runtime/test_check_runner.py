@@ -35,6 +35,34 @@ from tests.coordinator.acceptance.judge_driver import (
 )
 
 
+def test_weights_and_traces_are_kept_as_long_as_their_epoch_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The history is three epochs here instead of 64."""
+    monkeypatch.setattr("lutetia.coordinator.ledger.reducer.HISTORY", 3)
+    c, records = drive_judge(epochs=9), []
+    runners = []
+    for keep_all in (False, True):
+        blobs, incoming = BlobStore(tmp_path / f"blobs {keep_all}"), BlobStore(tmp_path / f"incoming {keep_all}")
+        runners.append(
+            NetworkCheckRunner(
+                None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0, None, keep_all_weights=keep_all,  # pyright: ignore[reportArgumentType]
+            )
+        )  # fmt: skip
+    for epoch in range(1, 7):
+        refs = [
+            [runner.incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace")] for runner in runners
+        ]
+        records.append(c.accept(PEERS[0], weights=refs[0][0], state=refs[0][1], trace=refs[0][2]))
+        if epoch > 1:
+            c.finish_audit("valid")
+        for runner in runners:
+            runner.keep(records[-1])
+            runner.forget(c.state.run)
+    kept = [{record.epoch for record in records if record.weights.digest in set(runner.blobs.digests())} for runner in runners]
+    traces = {record.epoch for record in records if record.trace.digest in set(runners[0].blobs.digests())}
+    assert kept == [{4, 5, 6}, set(range(1, 7))]
+    assert traces == {4, 5, 6}
+
+
 def test_old_training_states_are_removed_and_weights_kept(tmp_path: Path):
     blobs, incoming = BlobStore(tmp_path / "blobs"), BlobStore(tmp_path / "incoming")
     check_runner = NetworkCheckRunner(None, make_manifest(epochs=9), blobs, incoming, None, None, 1.0, None)  # pyright: ignore[reportArgumentType]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lutetia.models.device import Precision
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.slim_adamw import SlimAdamW
@@ -20,7 +21,7 @@ NARROW = MemoryOptions(moments="8bit", weights="bfloat16", average="host", check
 MANIFEST = tiny_manifest(optimisation={"learning_rate": 3e-3})
 
 
-def trained(steps: int, memory: MemoryOptions, precision="float32") -> ExpertTrainer:
+def trained(steps: int, memory: MemoryOptions, precision: Precision = "float32") -> ExpertTrainer:
     trainer = ExpertTrainer(MANIFEST, 0, tiny_data(), memory=memory, precision=precision)
     for _ in range(steps):
         trainer.step()

@@ -1,0 +1,54 @@
+"""Which blobs of accepted results a coordinator keeps. Pure.
+
+- Weights and traces: as long as their epoch can still be audited or rolled back to, which is HISTORY epochs of each shard, or for
+  good if the owner wants that.
+- Training states, several times as large: of each shard's last epochs, as many as the owner wants.
+- Of both: whatever a due audit begins or ends with, and whatever an undecided result names.
+
+So a shard takes at most HISTORY times its weights and a few times its state, however long the run lasts.
+"""
+
+from __future__ import annotations
+
+from lutetia.coordinator.ledger.run_state import HISTORY, AcceptedEpoch, RunState
+from lutetia.protocol.schema.records import CheckpointRecord
+
+
+def needed_blobs(run: RunState, kept_states: int) -> set[str]:
+    """Digests of the blobs of accepted results that are still needed. `kept_states`: epochs of each shard, at least 1."""
+    needed = {digest for shard in run.shards.values() for link in shard.lineage for digest in _lasting(link)}
+    needed |= {link.acceptance.state.digest for shard in run.shards.values() for link in shard.lineage[-kept_states:]}
+    for audit in run.audits.values():
+        shard = run.shards[audit.shard]
+        link = shard.link(audit.checkpoint)
+        before = link and shard.before(link)
+        needed |= {epoch.acceptance.state.digest for epoch in (link, before) if epoch}
+    return needed | undecided_blobs(run)
+
+
+def _lasting(link: AcceptedEpoch) -> set[str]:
+    return {link.acceptance.weights.digest} | ({link.trace.digest} if link.trace else set())
+
+
+def undecided_blobs(run: RunState) -> set[str]:
+    """The digests of all blobs that undecided results name. Any peer may name the blobs of another peer's result."""
+    undecided = (candidate.record for shard in run.shards.values() for candidate in shard.candidates.values())
+    return {digest for record in undecided for digest in blobs_of(record)}
+
+
+def blobs_of(record: CheckpointRecord) -> set[str]:
+    """The digests of a result's blobs."""
+    return {ref.digest for ref in (record.weights, record.state, record.trace)}
+
+
+def kept_bytes(weights: int, state: int, epochs: int, kept_states: int, keep_all: bool) -> int:
+    """The most bytes that a shard's accepted results take on the coordinator's disk, traces aside.
+
+    Args:
+        weights: bytes of one epoch's weights.
+        state: bytes of one epoch's training state.
+        epochs: of the shard's budget.
+        kept_states: as in `needed_blobs`.
+        keep_all: whether weights are kept for good.
+    """
+    return weights * (epochs if keep_all else min(epochs, HISTORY)) + state * min(epochs, kept_states + 1)
