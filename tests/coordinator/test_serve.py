@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from lutetia.cli.fetch_mixture import fetch_mixture
+from lutetia.cli.run_needs import check_run
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import tell
 from lutetia.coordinator.ledger.log import Ledger
@@ -156,6 +157,9 @@ def check_fetching(run: CreatedRun, out: Path) -> None:
         served.write_bytes(canonical(SignedMixture.sign(changed, key.sign)))
 
     assert fetch() == {*document.files, FILE}
+    found = check_run(Ticket.decode(run.ticket))
+    assert found.verdict == "ok", found.seen
+    assert "here on " in found.seen
     serve(**{"vae/evil.py": code, "expert_000/diffusion_pytorch_model.bin": code})
     assert fetch() == {*document.files, FILE}, "its blobs are nowhere, and nobody asked for them"
     before = (out / FILE).read_bytes()
