@@ -20,7 +20,7 @@ def test_needs_of_a_large_expert_are_named_in_gb():
     expert, card, checkpoint, hours = node_needs(manifest)
     assert "1419 million parameters" in expert
     assert "with all that saves memory" in card
-    assert "5.73 GB on the wire" in checkpoint
+    assert "5.69 GB on the wire" in checkpoint
     assert "hours" in hours
     needed = forecast(manifest)
     assert needed.plain > 28e9 > 16e9 > needed.least
