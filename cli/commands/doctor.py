@@ -28,13 +28,13 @@ def doctor(
     as_json: JsonFlag = False,
 ) -> None:
     """Check this machine before it joins a run."""
-    from lutetia.cli.doctor_checks import render_findings, run_checks
+    from lutetia.cli.doctor.checks import render_findings, run_checks
     from lutetia.system.paths import default_state_folder
 
     decoded = read_ticket(ticket) if ticket else None
     findings = run_checks(state_folder or default_state_folder())
     if decoded:
-        from lutetia.cli.run_needs import check_run
+        from lutetia.cli.doctor.run_needs import check_run
 
         findings.append(check_run(decoded))
     emit({"findings": [vars(finding) for finding in findings]}, as_json, lambda: render_findings(findings))

@@ -48,7 +48,7 @@ def create(
     created = create_run(data, folder, settings)
     if warning := reach_warning(settings.resolved().addresses):
         say(warning)
-    from lutetia.cli.run_needs import coordinator_needs, node_needs
+    from lutetia.cli.doctor.run_needs import coordinator_needs, node_needs
 
     for line in (*node_needs(created.manifest), coordinator_needs(created.manifest)):
         say(line)

@@ -22,7 +22,7 @@ from lutetia.cli.commands.run import render_manifest
 from lutetia.cli.commands.volunteer import render_local
 from lutetia.cli.demo.curves import LossCurve, draw_losses
 from lutetia.cli.demo.live_view import LiveTable, shard_rows
-from lutetia.cli.doctor_checks import DoctorFinding, render_findings
+from lutetia.cli.doctor.checks import DoctorFinding, render_findings
 from lutetia.cli.local.gallery import GalleryRow, compose
 from lutetia.cli.output import as_json_text, console, emit, say, show
 from lutetia.cli.status_table import render_status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lutetia.cli.run_needs import check_run, coordinator_needs, node_needs
+from lutetia.cli.doctor.run_needs import check_run, coordinator_needs, node_needs
 from lutetia.coordinator.acceptance.retention import kept_bytes
 from lutetia.models.training.memory.forecast import checkpoint_form, forecast
 from lutetia.protocol.schema.capabilities import COMPACT

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from lutetia.cli.doctor.run_needs import check_run
 from lutetia.cli.fetch_mixture import fetch_mixture
-from lutetia.cli.run_needs import check_run
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import tell
 from lutetia.coordinator.ledger.log import Ledger

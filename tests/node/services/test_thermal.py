@@ -97,7 +97,7 @@ def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
             *sensor.prefix,
             sys.executable,
             "-c",
-            "from lutetia.cli.doctor_checks import check_temperature; print(check_temperature().seen)",
+            "from lutetia.cli.doctor.checks import check_temperature; print(check_temperature().seen)",
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import lru_cache
 
-from lutetia.cli.doctor_checks import DoctorFinding
+from lutetia.cli.doctor.checks import DoctorFinding
 from lutetia.models.training.memory.forecast import Forecast, forecast
 from lutetia.models.training.memory.plan import GB
 from lutetia.protocol.schema.canonical import canonical
