@@ -13,7 +13,7 @@ import trio
 
 from lutetia.protocol.blobs.chunk_table import HASH, ChunkTable, chunk_count
 from lutetia.protocol.light_client.dial import LightStream, dial
-from lutetia.protocol.light_client.transfer import ArrivingFolder, Batch, Transfers
+from lutetia.protocol.light_client.transfer import ArrivingFolder, ChunkBatch, Transfers
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
@@ -117,7 +117,7 @@ class _Session:
             self._transfers.set_table(ref, ChunkTable.checked(ref, await self._read(stream, HASH * chunk_count(ref.size))))
             await stream.write(_ACK)
 
-    async def _fetch_chunks(self, stream: LightStream, batch: Batch) -> None:
+    async def _fetch_chunks(self, stream: LightStream, batch: ChunkBatch) -> None:
         sizes = [batch.table.chunk_size(index) for index in batch.chunks]
         if await self._ask(stream, batch.ref, batch.chunks[0], len(sizes), sum(sizes)) is None:
             return

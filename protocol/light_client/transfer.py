@@ -28,7 +28,7 @@ _TABLE, _ARRIVED, _LOCK = ".table", ".arrived", "in-use"
 
 
 @dataclass(eq=False)
-class Batch:
+class ChunkBatch:
     """Chunks of one blob that one peer is asked for; they follow one another."""
 
     ref: BlobRef
@@ -175,24 +175,24 @@ class Transfers:
             self._blobs[ref.digest].set_table(table)
         self._notify()
 
-    def take(self, absent: set[str]) -> Batch | None:
+    def take(self, absent: set[str]) -> ChunkBatch | None:
         """Chunks for a peer that lacks the blobs `absent`. None: other peers are fetching all the others."""
         for digest, blob in self._blobs.items():
             if blob.pending and blob.table and digest not in absent:
-                return Batch(blob.ref, blob.table, blob.pending.popleft())
+                return ChunkBatch(blob.ref, blob.table, blob.pending.popleft())
         return None
 
     def only(self, absent: set[str]) -> bool:
         """Whether all that is missing are blobs in `absent`."""
         return all(digest in absent or (blob.table and not blob.missing) for digest, blob in self._blobs.items())
 
-    def arrived(self, batch: Batch, index: int, chunk: bytes) -> None:
+    def arrived(self, batch: ChunkBatch, index: int, chunk: bytes) -> None:
         """Keep a chunk. Raises IntegrityError or DiskError."""
         with disk_errors(self._folder):
             if self._blobs[batch.ref.digest].write(index, chunk):
                 self._report(len(chunk))
 
-    def give_back(self, batch: Batch) -> None:
+    def give_back(self, batch: ChunkBatch) -> None:
         """The batch is over, fetched or not; what is missing of it can be taken again."""
         self._blobs[batch.ref.digest].give_back(batch.chunks)
         self._notify()
