@@ -7,6 +7,7 @@ So the count follows the expert's own code, the precision and the checkpointing,
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, cast
@@ -57,6 +58,7 @@ def activations(spec: ExpertSpec, latent: LatentSpec, precision: Precision, chec
 @lru_cache(maxsize=64)
 def _activations(spec: bytes, latent: bytes, precision: Precision, checkpointing: bool) -> KeptBytes:
     expert, shape = ExpertSpec.model_validate_json(spec), LatentSpec.model_validate_json(latent)
+    _forget_cached_tensors()
     try:
         with FakeTensorMode():
             model = _fake(build_meta(expert)).train()
@@ -64,8 +66,20 @@ def _activations(spec: bytes, latent: bytes, precision: Precision, checkpointing
             two, _ = _kept(model, shape, 2, precision, checkpointing)
     except DynamicOutputShapeException:
         return _by_formula(expert, shape, precision, checkpointing)
+    finally:
+        _forget_cached_tensors()
     per_row = two - one
     return KeptBytes(max(0, one - per_row), per_row, block)
+
+
+def _forget_cached_tensors() -> None:
+    """Empty the caches of expert classes: real tensors from them do not mix with fake ones, and no fake one may stay in them."""
+    modules = [module for name, module in sys.modules.items() if name.startswith(("lutetia.models.experts", "diffusers.models."))]
+    for module in modules:
+        for value in list(vars(module).values()):
+            for each in (value, *(vars(value).values() if isinstance(value, type) else ())):
+                if callable(clear := getattr(each, "cache_clear", None)):
+                    clear()
 
 
 def _by_formula(spec: ExpertSpec, latent: LatentSpec, precision: Precision, checkpointing: bool) -> KeptBytes:

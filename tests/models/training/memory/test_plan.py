@@ -56,6 +56,16 @@ def test_estimate_is_near_what_autograd_and_the_state_hold(class_name: str):
             assert need.state + need.activations == pytest.approx(real, rel=0.1), (precision, checkpointing)
 
 
+@pytest.mark.parametrize("class_name", ["WanTransformer3DModel", "CogVideoXTransformer3DModel"])
+def test_counting_leaves_no_fake_tensor_behind(class_name: str):
+    """Position channels and rotary tables are cached; a trainer before and after the count computes with real ones."""
+    config = {**CONFIGS[class_name], "in_channels": 10}
+    manifest = tiny_manifest(expert=ExpertSpec(class_name=class_name, config=config))
+    first = ExpertTrainer(manifest, 0, tiny_data()).step()
+    assert expert_facts(manifest, 0).kept("float32", False).per_row > 0
+    assert ExpertTrainer(manifest, 0, tiny_data()).step() == first
+
+
 def test_class_whose_shapes_depend_on_values_is_estimated_by_formula():
     spec = ExpertSpec(class_name="MochiTransformer3DModel", config=CONFIGS["MochiTransformer3DModel"])
     kept = expert_facts(tiny_manifest(expert=spec), 0).kept
