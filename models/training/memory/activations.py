@@ -6,10 +6,10 @@ So the count follows the expert's own code, the precision and the checkpointing,
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -55,7 +55,7 @@ def activations(spec: ExpertSpec, latent: LatentSpec, precision: Precision, chec
     return _activations(canonical(spec), canonical(latent), precision, checkpointing)
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _activations(spec: bytes, latent: bytes, precision: Precision, checkpointing: bool) -> KeptBytes:
     expert, shape = ExpertSpec.model_validate_json(spec), LatentSpec.model_validate_json(latent)
     _forget_cached_tensors()
@@ -78,8 +78,8 @@ def _forget_cached_tensors() -> None:
     for module in modules:
         for value in list(vars(module).values()):
             for each in (value, *(vars(value).values() if isinstance(value, type) else ())):
-                if callable(clear := getattr(each, "cache_clear", None)):
-                    clear()
+                if isinstance(each, functools._lru_cache_wrapper):
+                    each.cache_clear()
 
 
 def _by_formula(spec: ExpertSpec, latent: LatentSpec, precision: Precision, checkpointing: bool) -> KeptBytes:
