@@ -127,10 +127,10 @@ class Service:
             )  # fmt: skip
         else:
             checks, audits, proofs = (self._worker(name) for name in ("checking", "auditing", "proving"))
-            self.mixture_worker = self._worker("making")
-            self.workers = (checks, self.mixture_worker, audits, proofs)
+            parents, self.mixture_worker = self._worker("proving-parents"), self._worker("making")
+            self.workers = (checks, self.mixture_worker, audits, proofs, parents)
             self.check_runner = NetworkCheckRunner(
-                self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs,
+                self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs, parents,
                 self.settings.check_seconds, self.settings.keep_all_weights,
             )  # fmt: skip
         self.check_runner.forget(self.ledger.state)

@@ -106,7 +106,7 @@ def _kind(violation: Violation) -> tuple[str, str]:
 
 def _run(
     scenario: Scenario, peers: int, seed: int, steps: Sequence[Step], until: float, decide: RulesUnderTest | None,
-    trace: Trace | None = None, on_progress: OnProgress | None = None,
+    trace: Trace | None = None, on_progress: OnProgress | None = None, done: Callable[[SimulatedWorld], bool] | None = None,
 ) -> tuple[SimulatedWorld, Violation | None]:  # fmt: skip
     world = SimulatedWorld(scenario.config, peers, seed, decide, trace, strict=scenario.strict)
     schedule(world, steps)
@@ -117,6 +117,8 @@ def _run(
             world.queue.run(START + until * part / _SLICES)
             if on_progress is not None:
                 on_progress(until * part / _SLICES, until)
+            if done is not None and done(world):
+                break
         if until >= scenario.seconds:
             for end in scenario.ends:
                 if (problem := end(world)) is not None:
@@ -129,9 +131,12 @@ def _run(
     return world, None
 
 
-def run_world(scenario: Scenario, peers: int, seed: int, decide: RulesUnderTest | None = None) -> SimulatedWorld:
-    """The world at the end of one run, whatever it violated."""
-    return _run(scenario, peers, seed, steps_of(scenario, peers, seed), scenario.seconds, decide)[0]
+def run_world(
+    scenario: Scenario, peers: int, seed: int, decide: RulesUnderTest | None = None,
+    done: Callable[[SimulatedWorld], bool] | None = None,
+) -> SimulatedWorld:  # fmt: skip
+    """The world at the end of one run, or soon after `done` holds, whatever it violated."""
+    return _run(scenario, peers, seed, steps_of(scenario, peers, seed), scenario.seconds, decide, done=done)[0]
 
 
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from lutetia.coordinator.acceptance.audit_comparison import (
     secret_steps,
     unproved_depth,
 )
-from lutetia.coordinator.acceptance.intake.newcomer_holds import holds_up
 from lutetia.coordinator.acceptance.intake.rate_limits import loan_seconds
-from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, StartAudit
+from lutetia.coordinator.acceptance.messages import AuditDelivered, Audited, AuditWanted, LendAudit, ReplayProcess, StartAudit
+from lutetia.coordinator.acceptance.replay_order import audit_rank, holds_up_a_proof, is_waited_for, loan_rank
 from lutetia.coordinator.acceptance.rollback import can_roll_back, condemn, due_audit, quarantine, re_audits, settle_suspects
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, Loan
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, Loan, released
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported, PeerQuarantined, ResultRefused
 from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger
 from lutetia.protocol.schema.canonical import digest_of
@@ -124,26 +124,27 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
 def start_audit(transition: JudgeTransition) -> None:
     """Start the coordinator's next own audit, unless one is running or a peer has or may take it.
 
-    Authors of whom no whole epoch was found valid yet come first, so that little is built on their work before; then the oldest.
+    Those that a result waits for come first (`replay_order`), then those of authors of whom no whole epoch was found valid yet,
+    so that little is built on their work before; then the oldest.
     """
     if transition.state.auditing is not None or not transition.run.audits:
         return
     audits, now = transition.run.audits.values(), transition.now
-    ready = [audit for audit in audits if audit.not_before <= now and not _left_to_peers(transition, audit)]
-    for audit in sorted(ready, key=lambda audit: _rank(transition, audit)):
-        if not _closed_as_too_old(transition, audit):
+    ready = [
+        audit
+        for audit in audits
+        if audit.checkpoint != transition.state.proving_parent
+        and audit.not_before <= now
+        and not _left_to_peers(transition, audit)
+    ]
+    for audit in sorted(ready, key=lambda audit: audit_rank(transition.rules, transition.run, audit)):
+        if not closed_as_too_old(transition, audit):
             transition.set(auditing=audit.checkpoint)
-            transition.actions.append(_audit_job(transition, audit))
+            transition.actions.append(audit_job(transition, audit))
             return
 
 
-def _rank(transition: JudgeTransition, audit: PendingAudit) -> tuple[bool, int, bool, float, str]:
-    """Place of an audit among those that the coordinator carries out itself; the lowest comes first."""
-    run = transition.run
-    return not _is_waited_for(transition, audit), audit.attempts, run.peer(audit.owner).proved > 0, audit.since, audit.checkpoint
-
-
-def _closed_as_too_old(transition: JudgeTransition, audit: PendingAudit, seconds: float = 0.0) -> bool:
+def closed_as_too_old(transition: JudgeTransition, audit: PendingAudit, seconds: float = 0.0) -> bool:
     """Whether its lineage can no longer be rolled back; the audit is then closed, so that nothing waits behind it.
 
     Results that would cause this are put off (`audits_lag`); ledgers of earlier versions may hold such audits.
@@ -160,7 +161,8 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
 
     At the end of the run the coordinator waits for no peer.
     """
-    if transition.run.budgets_done or _is_waited_for(transition, audit):
+    run = transition.run
+    if run.budgets_done or holds_up_a_proof(run, audit, strangers=True) or is_waited_for(transition.rules, run, audit):
         return False
     lent = transition.state.lent.get(audit.checkpoint)
     if lent:
@@ -169,27 +171,13 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
     return audit.reported is None and not audit.attempts and transition.now < wait_until
 
 
-def _is_waited_for(transition: JudgeTransition, audit: PendingAudit) -> bool:
-    """Whether a result waits for its end: then the coordinator carries it out at once, also while a peer has it."""
-    rules = transition.rules
-    if _holds_up_a_proof(transition.run, audit):
-        return True
-    return holds_up(transition.run, rules.manifest.timing, audit, rules.newcomer_epochs)
-
-
-def _holds_up_a_proof(run: RunState, audit: PendingAudit) -> bool:
-    """Whether the result of a known author on this epoch waits for it: then the coordinator carries it out before all others."""
-    shard = run.shards[audit.shard]
-    doubts = [candidate.doubt for candidate in shard.candidates.values() if candidate.doubt]
-    return shard.accepted == audit.checkpoint and any(doubt.why == "author" for doubt in doubts)
-
-
-def _audit_job(transition: JudgeTransition, audit: PendingAudit) -> StartAudit:
+def audit_job(transition: JudgeTransition, audit: PendingAudit, process: ReplayProcess = "audit") -> StartAudit:
+    """The order to carry it out."""
     shard = transition.run.shards[audit.shard]
     link = shard.link(audit.checkpoint)
     assert link is not None, "a due audit is of an accepted epoch: a rollback removes it"
     before = shard.before(link)
-    return StartAudit(audit, link, before.acceptance if before else None, steps_of(transition.rules, audit))
+    return StartAudit(audit, link, before.acceptance if before else None, steps_of(transition.rules, audit), process)
 
 
 def steps_of(rules: JudgeRules, audit: PendingAudit) -> int:
@@ -203,9 +191,8 @@ def steps_of(rules: JudgeRules, audit: PendingAudit) -> int:
 def finish_audit(transition: JudgeTransition, done: Audited) -> None:
     """Record the finding of a replay; try again when it is inconclusive, convict the author when it is invalid."""
     audit = transition.run.audits.get(done.checkpoint)
-    if transition.state.auditing == done.checkpoint:
-        transition.set(auditing=None)
-    if audit is None or _closed_as_too_old(transition, audit, done.seconds):
+    transition.set(**released(transition.state, done.checkpoint))
+    if audit is None or closed_as_too_old(transition, audit, done.seconds):
         return  # rolled back, or too old, meanwhile
     if audit.whole and done.whole is False and done.finding.outcome != "invalid":
         return  # the whole epoch came due while its first steps were replayed
@@ -228,7 +215,7 @@ def finish_audit(transition: JudgeTransition, done: Audited) -> None:
 
 
 def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
-    """Lend the asking peer the oldest audit that no other peer has and whose author is unrelated to it; one at a time.
+    """Lend the asking peer an audit that no other peer has and whose author is unrelated to it; one at a time.
 
     A peer that asks again has lost its audit, or shows that it still works on it: it gets the same.
     """
@@ -240,8 +227,8 @@ def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
     lent = {name: loan for name, loan in transition.state.lent.items() if name in transition.run.audits}  # each is lent once
     held = next((name for name, loan in lent.items() if loan.owner == wanted.owner and loan.until > transition.now), None)
     if held is None:
-        held = _oldest_free(transition, lent, {wanted.owner, *wanted.related})
-    if held is None or _closed_as_too_old(transition, transition.run.audits[held]):
+        held = _first_free(transition, lent, {wanted.owner, *wanted.related})
+    if held is None or closed_as_too_old(transition, transition.run.audits[held]):
         transition.set(lent=lent)
         retry_after = rules.audit_wait / 4 + len(transition.state.offers) / rules.asks_per_second
         transition.actions.append(LendAudit(None, retry_after=retry_after))
@@ -250,18 +237,19 @@ def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
     until = lent[held].until if held in lent else transition.now + loan_seconds(rules, transition.run, audit)
     lent[held] = Loan(wanted.owner, until, transition.now)
     transition.set(lent=lent)
-    transition.actions.append(LendAudit(_audit_job(transition, audit), until))
+    transition.actions.append(LendAudit(audit_job(transition, audit), until))
 
 
-def _oldest_free(transition: JudgeTransition, lent: Mapping[str, Loan], related: set[str]) -> str | None:
-    """The oldest audit that nobody has, and whose author is none of `related`."""
+def _first_free(transition: JudgeTransition, lent: Mapping[str, Loan], related: set[str]) -> str | None:
+    """Of the audits that nobody has, and whose author is none of `related`, the first that a proof waits for, or the oldest."""
+    taken = {*lent, transition.state.auditing, transition.state.proving_parent}
     free = [
-        (audit.since, name)
+        audit
         for name, audit in transition.run.audits.items()
-        if not (name in lent or name == transition.state.auditing or audit.owner in related or audit.reported or audit.attempts)
-        and not _holds_up_a_proof(transition.run, audit)
+        if not (name in taken or audit.owner in related or audit.reported or audit.attempts)
     ]
-    return min(free, default=(0.0, None))[1]
+    first = min(free, key=lambda audit: loan_rank(transition.run, audit), default=None)
+    return first and first.checkpoint
 
 
 def receive_report(transition: JudgeTransition, report: AuditDelivered) -> None:

@@ -28,7 +28,7 @@ from lutetia.coordinator.acceptance.messages import (
     Stimulus,
 )
 from lutetia.coordinator.acceptance.state_machine import judge
-from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, released
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 
 _ASK_AGAIN_SECONDS = 60.0
@@ -75,15 +75,16 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
         case AuditWanted():
             return Judgement(state, (LendAudit(None, retry_after=_ASK_AGAIN_SECONDS),), error)
         case FetchDone(record=record, now=now):
-            verdict, released = Verdict("inconclusive", "transfer", text), state.fetching - {key_of(record)}
-            return _again(rules, state, FetchDone(record, verdict, now), replace(state, fetching=released), error)
+            verdict, fetching = Verdict("inconclusive", "transfer", text), state.fetching - {key_of(record)}
+            return _again(rules, state, FetchDone(record, verdict, now), replace(state, fetching=fetching), error)
         case CheckDone(record=record, now=now):
             checking = {shard: held for shard, held in state.checking.items() if shard != record.shard}
             verdict = Verdict("inconclusive", "transfer", text)
             return _again(rules, state, CheckDone(record, verdict, now), replace(state, checking=checking), error)
-        case Audited():
+        case Audited(checkpoint=checkpoint):
             finding = AuditFinding(outcome="inconclusive", text=text)
-            return _again(rules, state, replace(stimulus, finding=finding), replace(state, auditing=None), error)
+            freed = replace(state, **released(state, checkpoint))
+            return _again(rules, state, replace(stimulus, finding=finding), freed, error)
         case Proved():
             finding = AuditFinding(outcome="inconclusive", text=text)
             return _again(rules, state, replace(stimulus, finding=finding), replace(state, proving=None), error)
@@ -94,9 +95,9 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
             return Judgement(state, (), error)
 
 
-def _again(rules: JudgeRules, state: JudgeState, plainer: Stimulus, released: JudgeState, error: Exception) -> Judgement:
+def _again(rules: JudgeRules, state: JudgeState, plainer: Stimulus, freed: JudgeState, error: Exception) -> Judgement:
     """Judge an inconclusive outcome instead; if that fails too, only release the place that the work held."""
     try:
         return Judgement(*judge(rules, state, plainer), error=error)
     except Exception:  # noqa: BLE001 - the caller logs the first error; a second one must not end the coordinator either
-        return Judgement(released, (), error)
+        return Judgement(freed, (), error)

@@ -167,6 +167,10 @@ class Publish:
     record: CheckpointRecord
 
 
+ReplayProcess = Literal["audit", "parent", "proof"]
+"""Who carries a replay out, so that none waits for another: an audit, one that a proof waits for, that of a doubted result."""
+
+
 @dataclass(frozen=True)
 class StartAudit:
     """Replay `steps` first steps of this accepted epoch from `parent` (None: from the beginning), then send `Audited`."""
@@ -175,8 +179,7 @@ class StartAudit:
     link: AcceptedEpoch
     parent: AcceptanceRecord | None
     steps: int
-    proof: bool = False
-    """Of a doubted result: it is replayed in another process than audits."""
+    process: ReplayProcess = "audit"
 
 
 @dataclass(frozen=True)

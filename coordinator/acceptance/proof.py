@@ -4,13 +4,15 @@ Training is deterministic, so a refusal at `holdout` or `raw` can be nobody's fa
 the accepted parent, and would be refused for ever. The losses then say something about the parent or the few held-out clips:
 
 - The result waits ("doubted") if its author has work that an audit found valid, or if results on this parent failed before.
-- First the parent's whole epoch is audited, unless it was. If it was crafted, its conviction rolls the shard back.
+- The parent's whole epoch is audited, unless it was. If it was crafted, its conviction rolls the shard back.
 - If a result of the shard's last PROVED_LATELY epochs was accepted in this way, the next one of a known author that exceeds its
   bound by at most MOST_WITHOUT_PROOF is accepted with a note at once; the audit of its whole epoch follows. So where few clips
   are overfitted and every epoch fails, the coordinator's replays do not set the pace.
-- Otherwise the coordinator replays the result's whole epoch itself. *Valid*: the run's rules lead to these weights, so they are
-  accepted with a note, and refusals on the same parent no longer count against anybody. *Invalid*: the result is refused and its
-  author quarantined.
+- Otherwise the coordinator replays the result's whole epoch itself, at the same time as the parent's. Both *valid*: the run's
+  rules lead to these weights, so they are accepted with a note, and refusals on the same parent no longer count against anybody.
+  Its own epoch *invalid*: the result is refused and its author quarantined.
+
+Replays for proofs, of parents too, wait for no audit that is not part of a proof (`replay_order`).
 
 No statement of a peer decides anything, so it does not matter whether peers conspire. Strangers can only cause replays: one for a
 shard at a time, and after each that found nothing a lease, two, four … up to an hour until the next.
@@ -18,11 +20,15 @@ shard at a time, and after each that found nothing a lease, two, four … up to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from lutetia.coordinator.acceptance.audit_policy import audit_parent, audits_lag, steps_of
+from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
+from lutetia.coordinator.acceptance.audit_policy import audit_job, audit_parent, audits_lag, closed_as_too_old, steps_of
 from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
 from lutetia.coordinator.acceptance.messages import DiscardCandidate, Proved, StartAudit, StartProof
+from lutetia.coordinator.acceptance.replay_order import awaited_audits, doubted_results, next_for_proof
 from lutetia.coordinator.acceptance.rollback import can_roll_back, due_audit, quarantine, re_audits
 from lutetia.coordinator.acceptance.transition import JudgeTransition, refusal
 from lutetia.coordinator.ledger.events import AuditDone, DoubtReason, PeerQuarantined, ResultDoubted, ResultRefused
@@ -68,7 +74,7 @@ def waived(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdi
 
 
 def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict, why: DoubtReason) -> None:
-    """Let the result wait for the replay of its epoch, and before it for that of its parent."""
+    """Let the result wait for the replay of its epoch, and for that of its parent."""
     assert verdict.loss is not None
     assert verdict.parent_loss is not None
     transition.write(
@@ -81,26 +87,45 @@ def doubt(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdic
     audit_parent(transition, record.shard)
 
 
-def start_proof(transition: JudgeTransition) -> None:
-    """Start the next replay of a doubted result, unless one is running: known authors first, then the longest waiting."""
-    if transition.state.proving is not None:
+def start_proofs(transition: JudgeTransition) -> None:
+    """Start the next replay of a doubted result, and that of an audit that a proof waits for, each unless one is running."""
+    if not transition.state.pending:
         return
-    waiting = [
-        candidate
-        for index in sorted(transition.state.pending)
-        for candidate in transition.run.shards[index].candidates.values()
-        if candidate.doubt
-    ]
-    for candidate in sorted(waiting, key=lambda c: (c.doubt is None or c.doubt.why != "author", c.seen, c.record.owner)):
-        record, shard = candidate.record, transition.run.shards[candidate.record.shard]
-        if shard.accepted in transition.run.audits or audits_lag(transition.run, record.shard, record.epoch):
-            continue  # its parent is audited first
-        if not _parent_is_sound(transition, shard):
-            _refuse(transition, candidate, "inconclusive", "the replay of the epoch before it ended without a verdict")
-            continue
+    for candidate in doubted_results(transition.run, transition.state.pending):
+        _start_awaited(transition, candidate)
+        _start_own(transition, candidate)
+
+
+def _start_awaited(transition: JudgeTransition, candidate: WaitingResult) -> None:
+    """Carry out the next audit that the proof waits for, unless it is running or put off."""
+    if transition.state.proving_parent is not None:
+        return
+    audit = next_for_proof(transition.run, transition.state, candidate, transition.now)
+    if audit is None or closed_as_too_old(transition, audit):
+        return
+    transition.set(proving_parent=audit.checkpoint)
+    transition.actions.append(audit_job(transition, audit, "parent"))
+
+
+def _start_own(transition: JudgeTransition, candidate: WaitingResult) -> None:
+    """Replay the doubted epoch, beside the audits that it waits for; refuse it where its parent cannot be trusted."""
+    state, record = transition.state, candidate.record
+    if key_of(record) in state.proved or _is_waiting(transition, candidate) is None:
+        return
+    if state.proving is None:
         transition.set(proving=(record.owner, record.digest))
         transition.actions.append(StartProof(record, _replay_of(transition, candidate)))
-        return
+
+
+def _is_waiting(transition: JudgeTransition, candidate: WaitingResult) -> bool | None:
+    """Whether it is still open if the epochs below the result are sound. None: they are not, and the result was refused."""
+    record, shard = candidate.record, transition.run.shards[candidate.record.shard]
+    if any(awaited_audits(transition.run, candidate)) or audits_lag(transition.run, record.shard, record.epoch):
+        return True
+    if _parent_is_sound(transition, shard):
+        return False
+    _refuse(transition, candidate, "inconclusive", "the replay of the epoch before it ended without a verdict")
+    return None
 
 
 def _parent_is_sound(transition: JudgeTransition, shard: ShardLedger) -> bool:
@@ -121,19 +146,41 @@ def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAu
     )  # fmt: skip
     link = AcceptedEpoch(end, transition.now, run.budgets, record.trace, record.made)
     due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True)
-    return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due), proof=True)
+    return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due), "proof")
 
 
-def finish_proof(transition: JudgeTransition, proved: Proved) -> Verdict | None:
-    """Record what the replay found. Returns the verdict with which the result is accepted; None: it is not."""
-    record, finding = proved.record, proved.finding
+def receive_proof(transition: JudgeTransition, proved: Proved) -> None:
+    """Keep what the replay of a doubted result found, until the audits that the result waits for have ended, too."""
+    record = proved.record
     if transition.state.proving == (record.owner, record.digest):
         transition.set(proving=None)
+    if _doubted(transition, record):
+        transition.set(proved={**transition.state.proved, key_of(record): proved})
+
+
+def ready_proofs(transition: JudgeTransition) -> Iterator[tuple[Proved, Verdict]]:
+    """The proofs that have ended, with the verdicts by which their results are accepted. The others are refused here."""
+    for key, proved in transition.state.proved.items():
+        candidate = _doubted(transition, proved.record)
+        if candidate and _is_waiting(transition, candidate):
+            continue
+        transition.set(proved={other: kept for other, kept in transition.state.proved.items() if other != key})
+        candidate = _doubted(transition, proved.record)
+        if candidate and (verdict := _verdict(transition, candidate, proved.finding)):
+            yield proved, verdict
+
+
+def _doubted(transition: JudgeTransition, record: CheckpointRecord) -> WaitingResult | None:
+    """The result as it waits; None: it was superseded or rolled back, or is to be checked under newer rules."""
     candidate = transition.run.shards[record.shard].candidates.get(record.owner)
-    if candidate is None or candidate.record.digest != record.digest or candidate.doubt is None:
-        return None  # superseded, rolled back, or to be checked under newer rules
+    return candidate if candidate and candidate.record.digest == record.digest and candidate.doubt else None
+
+
+def _verdict(transition: JudgeTransition, candidate: WaitingResult, finding: AuditFinding) -> Verdict | None:
+    """The verdict with which the result is accepted. None: it is refused."""
+    record, doubted = candidate.record, candidate.doubt
+    assert doubted is not None
     if finding.outcome == "valid":
-        doubted = candidate.doubt
         return Verdict("valid", doubted.check, _note(doubted, finding.text), doubted.loss, doubted.parent_loss)
     _refuse(transition, candidate, finding.outcome, f"the replay of its whole epoch says: {finding.text}")
     if finding.outcome == "invalid":

@@ -59,10 +59,11 @@ from lutetia.coordinator.acceptance.messages import (
 from lutetia.coordinator.acceptance.proof import (
     doubt,
     doubt_reason,
-    finish_proof,
     note_proof,
+    ready_proofs,
+    receive_proof,
     remembered_refusal_may_be_proved,
-    start_proof,
+    start_proofs,
     waived,
 )
 from lutetia.coordinator.acceptance.rollback import due_audit, note_fact
@@ -101,7 +102,7 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         case Audited():
             finish_audit(transition, stimulus)
         case Proved():
-            transition.finish_proof(stimulus)
+            receive_proof(transition, stimulus)
         case AuditWanted():
             transition.receive_audit_request(stimulus)
         case AuditDelivered():
@@ -116,11 +117,12 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         case _:
             assert_never(stimulus)
     forget_gone(transition)
+    transition.finish_proofs()
     transition.release_held()
     transition.start_checks()
     transition.start_fetches()
+    start_proofs(transition)
     start_audit(transition)
-    start_proof(transition)
     return transition.state, tuple(transition.actions)
 
 
@@ -302,13 +304,11 @@ class _ResultTransition(JudgeTransition):
                     self.set(held={key: other for key, other in self.state.held.items() if key[0] != shard})
                     self._accept_checked(record, verdict)
 
-    def finish_proof(self, proved: Proved) -> None:
-        """Accept the doubted result whose training was replayed; otherwise it was refused."""
-        record = proved.record
-        verdict = finish_proof(self, proved)
-        if verdict and not audits_lag(self.run, record.shard, record.epoch):
-            self._accept(record, verdict)
-            note_proof(self, record, proved)
+    def finish_proofs(self) -> None:
+        """Accept the doubted results whose training was replayed."""
+        for proved, verdict in ready_proofs(self):
+            self._accept(proved.record, verdict)
+            note_proof(self, proved.record, proved)
 
     def _dismiss(self, record: CheckpointRecord, verdict: Verdict, final: bool = False) -> None:
         candidate = self.run.shards[record.shard].candidates[record.owner]

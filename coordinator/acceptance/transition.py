@@ -8,7 +8,7 @@ from typing import NamedTuple, TypedDict, Unpack
 
 from lutetia.coordinator.acceptance.checks import Limits, Verdict
 from lutetia.coordinator.acceptance.intake.newcomer_holds import NEWCOMER_EPOCHS
-from lutetia.coordinator.acceptance.messages import Action, Write
+from lutetia.coordinator.acceptance.messages import Action, Proved, Write
 from lutetia.coordinator.ledger.events import CheckCost, Event, ResultRefused, ResultSuperseded
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.reducer import apply
@@ -102,6 +102,10 @@ class JudgeState:
     """Checkpoint of the audit that the coordinator itself carries out."""
     proving: tuple[str, str] | None = None
     """(owner, digest) of the doubted result whose epoch the coordinator replays."""
+    proving_parent: str | None = None
+    """Checkpoint of the audit that the coordinator carries out besides, since a proof waits for it."""
+    proved: Mapping[FetchKey, Proved] = field(default_factory=dict)
+    """Doubted results whose replay has ended, and that wait for audits of the epochs below."""
     lent: Mapping[str, Loan] = field(default_factory=dict)
     """Checkpoint -> who audits it, also once the loan has ended: no audit is lent twice."""
     asked: float = float("-inf")
@@ -128,8 +132,20 @@ class JudgeChanges(TypedDict, total=False):
     offers: PersistentMap[str, tuple[float, ...]]
     auditing: str | None
     proving: tuple[str, str] | None
+    proving_parent: str | None
+    proved: Mapping[FetchKey, Proved]
     lent: Mapping[str, Loan]
     asked: float
+
+
+def released(state: JudgeState, checkpoint: str) -> JudgeChanges:
+    """The coordinator's own replay of this audit has ended."""
+    changes: JudgeChanges = {}
+    if state.auditing == checkpoint:
+        changes["auditing"] = None
+    if state.proving_parent == checkpoint:
+        changes["proving_parent"] = None
+    return changes
 
 
 class JudgeTransition:

@@ -21,6 +21,8 @@ KEPT_SECONDS = 120.0
 _LEAST_LOAN = 600.0
 _TIMES_USUAL = 3.0
 _MOST_LOANS = 4
+PROOF_AHEAD = 3600.0
+"""A replay for which a result waits is lent as if it had waited so many seconds longer: before others, but not for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class LentCheck:
         needed: reports that must agree; 1: the first one counts.
         fewest: rows that each part of a result must have been scored on.
         seconds: how long a loan is counted on.
+        ahead: seconds that it counts as having waited before it was asked for.
     """
 
     name: str
@@ -57,6 +60,7 @@ class LentCheck:
     needed: int = NEEDED
     fewest: int = 1
     seconds: float = _LEAST_LOAN
+    ahead: float = 0.0
     loans: Mapping[str, CheckLoan] = field(default_factory=dict)
     reports: tuple[CheckReport, ...] = ()
     failed: Mapping[str, float] = field(default_factory=dict)
@@ -148,7 +152,7 @@ def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[s
 def lend_check(
     desk: LendingDesk, asker: Asker, id_: str, now: float, free_known: frozenset[str] = frozenset()
 ) -> tuple[LendingDesk, LentCheck | None]:
-    """The check that the peer has, or gets now: the one that others have begun first, then the oldest.
+    """The check that the peer has, or gets now: of those begun by others or put ahead the oldest, then of all others.
 
     Args:
         desk: all checks.
@@ -161,7 +165,7 @@ def lend_check(
         loan = replace(check.loans[asker.owner], heard=now)
     else:
         fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known)]
-        check = min(fit, key=lambda check: (not (check.reports or check.loans), check.since, check.name), default=None)
+        check = min(fit, key=_rank, default=None)
         if check is None:
             return desk, None
         loan = CheckLoan(id_, now, now, now + check.seconds)
@@ -169,6 +173,10 @@ def lend_check(
     origins = check.origins | {asker.origin} if asker.origin else check.origins
     check = replace(check, loans={**check.loans, asker.owner: loan}, known=known, origins=origins)
     return desk.with_check(check), check
+
+
+def _rank(check: LentCheck) -> tuple[bool, float, str]:
+    return not (check.ahead or check.reports or check.loans), check.since - check.ahead, check.name
 
 
 def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[LendingDesk, LentCheck | None, Settled | None]:

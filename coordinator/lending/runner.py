@@ -18,7 +18,7 @@ from lutetia.coordinator.acceptance.messages import StartAudit
 from lutetia.coordinator.ledger.events import HoldoutBurnt
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.lending.agreement import Settled, numbers
-from lutetia.coordinator.lending.loans import LentCheck, loan_seconds_for
+from lutetia.coordinator.lending.loans import PROOF_AHEAD, LentCheck, loan_seconds_for
 from lutetia.coordinator.lending.reserve import Reserve, next_of_reserve
 from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.lending.trace_file import read_trace_file
@@ -177,14 +177,17 @@ class LentCheckRunner(NetworkCheckRunner):
         lent = [given.weights, given.state] if due.whole else []
         if audit.parent:
             lent += [audit.parent.weights, audit.parent.state]
-        return await self._lend(job, due.owner, f"{due.checkpoint} {epochs}", lent)
+        ahead = 0.0 if audit.process == "audit" else PROOF_AHEAD
+        return await self._lend(job, due.owner, f"{due.checkpoint} {epochs}", lent, ahead=ahead)
 
-    async def _lend(self, job: CheckJob, author: str, name: str, refs: Iterable[BlobRef], fewest: int = 1) -> Settled:
+    async def _lend(
+        self, job: CheckJob, author: str, name: str, refs: Iterable[BlobRef], fewest: int = 1, ahead: float = 0.0
+    ) -> Settled:
         stores = {ref.digest: store for ref in refs if (store := self._lending_store(ref.digest))}
         size = sum(ref.size for ref in refs)
         check = LentCheck(
             name=f"{job.kind} {name}", kind=job.kind, shard=job.shard, since=self.transport.now(),
-            excluded=self.lender.excluded(author), fewest=fewest,
+            excluded=self.lender.excluded(author), fewest=fewest, ahead=ahead,
             seconds=loan_seconds_for(size, self.slowest_bytes_per_second, self.lender.usual.get(job.kind)),
         )  # fmt: skip
         return await self.lender.ask(check, job, stores)

@@ -90,8 +90,9 @@ class NetworkCheckRunner:
         accepted: digests of accepted results' blobs that may still be in `blobs` and are to be removed when nothing needs them.
         kept_states: for how many epochs of each shard training states are kept, beyond those that audits need.
         proof_worker: replays doubted results, for which a shard waits; None: `audit_worker` does.
-        keep_all_weights: keep weights and traces of all accepted epochs for good.
+        parent_worker: replays accepted epochs for which a doubted result waits; None: `audit_worker` does.
         check_seconds: what scoring one result may take; fewer held-out rows are scored where all would take longer.
+        keep_all_weights: keep weights and traces of all accepted epochs for good.
     """
 
     transport: Transport
@@ -105,6 +106,7 @@ class NetworkCheckRunner:
     accepted: set[str] = field(default_factory=set)
     kept_states: int = KEPT_STATES
     proof_worker: WorkerClient | None = None
+    parent_worker: WorkerClient | None = None
     check_seconds: float = CHECK_SECONDS
     keep_all_weights: bool = False
 
@@ -176,7 +178,8 @@ class NetworkCheckRunner:
     async def replay(self, audit: StartAudit) -> Replayed:
         """Check `audit`, by the coordinator itself."""
         due, link, parent = audit.audit, audit.link, audit.parent
-        worker = self.proof_worker if audit.proof and self.proof_worker else self.audit_worker
+        workers = {"proof": self.proof_worker, "parent": self.parent_worker}
+        worker = workers.get(audit.process) or self.audit_worker
         if due.epoch > 1 and parent is None:
             return _impossible(f"epoch {due.epoch - 1}, from which it would be replayed, is too long ago")
         files = [self.manifest.shards[due.shard].train, link.trace, *self._start(audit)]

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 _GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _MOST_HOLDOUTS = 16
-LEAN = ("checking", "auditing", "proving")
+LEAN = ("checking", "auditing", "proving", "proving-parents")
 """Worker processes with these names never load a text encoder, and start in half the time."""
 
 

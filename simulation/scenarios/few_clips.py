@@ -15,6 +15,8 @@ LONGEST_GAP = 5
 """A shard may be without acceptance for so many times its pace."""
 _EPOCHS = 20
 """As many as by default: 64,000 samples in intervals of 3,200."""
+_SECONDS = 6000.0
+"""Half as long again as 20 epochs take the slowest machine of 1,000 seeds, so that a slow run ends, too."""
 
 
 def gaps(world: SimulatedWorld) -> Iterator[tuple[int, float]]:
@@ -35,6 +37,10 @@ def gaps(world: SimulatedWorld) -> Iterator[tuple[int, float]]:
         yield from ((shard, (after - before) / pace) for before, after in zip(moments, moments[1:], strict=False))
 
 
+def all_accepted(world: SimulatedWorld) -> bool:
+    return all(head >= world.manifest.epochs for head in world.invariants.heads)
+
+
 def never_stands_still(world: SimulatedWorld) -> str | None:
     shard, longest = max(gaps(world), key=lambda gap: gap[1])
     if longest <= LONGEST_GAP:
@@ -52,7 +58,7 @@ FEW_CLIP_SCENARIOS = (
         "three honest nodes on two shards with one to six held-out clips each",
         0,
         _plan,
-        seconds=4000,
+        seconds=_SECONDS,
         peers=3,
         config=SimulationConfig(shards=2, epochs=_EPOCHS, held_out_clips=(1, 6)),
         ends=(never_stands_still,),
@@ -62,7 +68,7 @@ FEW_CLIP_SCENARIOS = (
         "one honest node on one shard with one to six held-out clips",
         0,
         _plan,
-        seconds=3000,
+        seconds=_SECONDS,
         peers=1,
         config=SimulationConfig(shards=1, epochs=_EPOCHS, held_out_clips=(1, 6)),
         ends=(never_stands_still,),

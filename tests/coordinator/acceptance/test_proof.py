@@ -6,7 +6,17 @@ import pytest
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import Verdict
-from lutetia.coordinator.acceptance.messages import CheckDone, DiscardCandidate, LedgerFacts, Proved, Publish, StartProof
+from lutetia.coordinator.acceptance.messages import (
+    Audited,
+    AuditWanted,
+    CheckDone,
+    DiscardCandidate,
+    LedgerFacts,
+    LendAudit,
+    Proved,
+    Publish,
+    StartProof,
+)
 from lutetia.coordinator.acceptance.proof import PROVED_LATELY
 from lutetia.coordinator.acceptance.rollback import due_audit
 from lutetia.coordinator.acceptance.transition import JudgeState
@@ -24,7 +34,7 @@ KNOWN, STRANGER, OTHER, THIRD = PEERS[0], PEERS[1], PEERS[2], PEERS[3]
 
 def begun(whole: bool = True) -> JudgeDriver:
     """Epoch 1 of shard 0 is accepted from KNOWN and audited, `whole` or its first steps."""
-    driver = drive_judge(epochs=9)
+    driver = drive_judge(shards=4, epochs=9)
     driver.accept(KNOWN)
     driver.finish_audit("valid")
     if whole:
@@ -35,10 +45,11 @@ def begun(whole: bool = True) -> JudgeDriver:
 
 
 def fails(
-    driver: JudgeDriver, peer: Identity, check: CheckName = "raw", loss: float | None = 0.6, text: str = ""
-) -> CheckpointRecord:
-    """`peer` offers epoch 2 of shard 0, and it fails `check`."""
-    record = make_record(driver.manifest, peer, 0, 2, driver.state.run.shards[0].accepted, text=text)
+    driver: JudgeDriver, peer: Identity, check: CheckName = "raw", loss: float | None = 0.6, text: str = "",
+    shard: int = 0,
+) -> CheckpointRecord:  # fmt: skip
+    """`peer` offers epoch 2 of `shard`, and it fails `check`."""
+    record = make_record(driver.manifest, peer, shard, 2, driver.state.run.shards[shard].accepted, text=text)
     assert driver.offer(record).verdict == "queued"
     driver.send(CheckDone(record, Verdict("invalid", check, "0.6 % over its bound", loss, loss and 0.5), driver.now))
     return record
@@ -92,24 +103,96 @@ def test_a_lone_stranger_that_makes_the_same_again_is_proved():
     assert [proof.record for proof in proofs(driver)] == [record]
 
 
-def test_the_parent_is_replayed_first_and_its_conviction_rolls_back():
+def test_the_parent_is_replayed_too_and_its_conviction_rolls_back():
     """Crafted optimiser moments make every honest next epoch fail."""
     driver = begun(whole=False)
     record = fails(driver, KNOWN, "holdout")
-    assert not proofs(driver)
     assert driver.audits[-1].audit.whole, "the whole epoch of the parent"
+    prove(driver, record)
+    assert driver.state.run.shards[0].epoch == 1, "it waits for the parent's replay"
     driver.finish_audit("invalid")
     assert driver.state.run.shards[0].epoch == 0
     assert not driver.state.run.shards[0].candidates
-    assert not proofs(driver)
+    assert not driver.state.proved
     assert DiscardCandidate(record) in driver.actions
 
 
-def test_a_sound_parent_lets_the_proof_begin():
+@pytest.mark.parametrize("parent_first", [True, False])
+def test_a_result_is_accepted_when_both_replays_have_ended(parent_first: bool):
     driver = begun(whole=False)
     record = fails(driver, KNOWN, "holdout")
-    driver.finish_audit("valid")
+    assert [proof.record for proof in proofs(driver)] == [record], "at once, beside its parent's"
+    for parent in (parent_first, not parent_first):
+        assert driver.state.run.shards[0].epoch == 1
+        if parent:
+            driver.finish_audit("valid")
+        else:
+            prove(driver, record)
+    assert driver.state.run.shards[0].accepted == record.digest
+    assert len(proofs(driver)) == 1
+
+
+def test_a_parent_without_verdict_leaves_the_result_without_one():
+    driver = begun(whole=False)
+    record = fails(driver, KNOWN, "holdout")
+    prove(driver, record)
+    parent = driver.audits[-1].audit.checkpoint
+    driver.send(Audited(parent, AuditFinding(outcome="inconclusive", text="its file is gone"), driver.now, again=False))
+    assert driver.offer(record).verdict == "inconclusive"
+    assert KNOWN.public_key not in driver.state.run.quarantined
+
+
+@pytest.mark.parametrize("peer", [KNOWN, STRANGER])
+def test_a_proof_and_its_parent_wait_for_no_audit_of_accepted_epochs(peer: Identity):
+    """A whole epoch of another shard is replayed and a second one is due when the result fails."""
+    driver = begun(whole=False)
+    for shard in (1, 2):
+        driver.accept(OTHER, shard)
+        accepted = driver.state.run.shards[shard].accepted
+        assert accepted
+        driver.send(LedgerFacts((due_audit(driver.state.run, shard, accepted, driver.now, True, "depth"),), driver.now))
+    running = driver.state.auditing
+    if peer is STRANGER:
+        fails(driver, THIRD)
+    record = fails(driver, peer)
     assert [proof.record for proof in proofs(driver)] == [record]
+    parent = driver.audits[-1]
+    assert (parent.audit.checkpoint, parent.process) == (record.parent, "parent")
+    assert driver.state.auditing == running, "it goes on"
+
+
+@pytest.mark.parametrize(("peer", "first"), [(KNOWN, 2), (OTHER, 3)])
+def test_among_audits_those_come_first_that_a_known_authors_proof_waits_for(peer: Identity, first: int):
+    """Shards 0 and 2 have doubted results, and the proof of shard 0 is under way; the audit of shard 3 is the oldest one.
+
+    Strangers' doubts cost nothing, so they delay no audit.
+    """
+    driver = begun(whole=False)
+    for shard in (1, 3, 2):
+        driver.now += 1
+        driver.accept(KNOWN, shard)
+    busy = driver.state.auditing
+    fails(driver, KNOWN)
+    if peer is not KNOWN:
+        fails(driver, STRANGER, shard=2)
+    fails(driver, peer, shard=2)
+    assert driver.state.proving_parent == driver.state.run.shards[0].accepted
+    driver.finish_audit("valid", busy)
+    assert driver.state.auditing == driver.state.run.shards[first].accepted
+
+
+def test_peers_are_lent_first_what_a_proof_waits_for():
+    driver = begun(whole=False)
+    for shard in (1, 3, 2):
+        driver.now += 1
+        driver.accept(KNOWN, shard)
+    for shard in (0, 2):
+        fails(driver, KNOWN, shard=shard)
+    driver.send(AuditWanted(OTHER.public_key, driver.now))
+    lend = driver.actions[-1]
+    assert isinstance(lend, LendAudit)
+    assert lend.audit
+    assert lend.audit.audit.checkpoint == driver.state.run.shards[2].accepted
 
 
 def test_work_that_a_replay_refutes_is_refused_and_convicts():

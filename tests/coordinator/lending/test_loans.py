@@ -7,6 +7,7 @@ from dataclasses import replace
 from lutetia.coordinator.lending.loans import (
     FORGIVEN_SECONDS,
     KEPT_SECONDS,
+    PROOF_AHEAD,
     SILENT_SECONDS,
     Asker,
     LendingDesk,
@@ -142,3 +143,12 @@ def test_a_begun_check_comes_before_an_older_one():
 def test_loans_are_as_long_as_size_and_experience_ask_for():
     assert loan_seconds_for(0, 65536.0, None) == 600.0
     assert loan_seconds_for(65536 * 1000, 65536.0, 200.0) == 600.0 + 1000.0 + 600.0
+
+
+def test_a_replay_for_which_a_result_waits_goes_first_but_not_for_ever():
+    desk = lent(desk_of(replace(CHECK, name="begun")), "ann")
+    for since, first in ((PROOF_AHEAD - 1, "proof"), (PROOF_AHEAD + 1, "begun")):
+        proof = replace(CHECK, name="proof", since=since, ahead=PROOF_AHEAD)
+        _, check = lend_check(desk.with_check(proof), asker("ben"), key("loan of ben"), since)
+        assert check is not None
+        assert check.name == first
