@@ -380,7 +380,7 @@ def test_a_pardon_is_written_at_once_or_left_as_a_note(tmp_path):
     facts = {"time": 1.0, "shard": 0, "epoch": 1, "checkpoint": "0" * 64, "text": "step 2"}
     ledger.append([PeerQuarantined(**facts, owner=owner(peer)) for peer in (CHEAT, OTHER)])
     ledger.close()
-    with pytest.raises(UsageError, match="no quarantined peer is called"):
+    with pytest.raises(UsageError, match="no quarantined peer or refuted checker is called"):
         pardon(created.folder, owner(HONEST))
     assert pardon(created.folder, owner(CHEAT)[:8]) == (owner(CHEAT), True)
     assert set(Ledger.open(folder.ledger).state.quarantined) == {owner(OTHER)}
