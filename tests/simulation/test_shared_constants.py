@@ -27,6 +27,7 @@ MODEL = {
     ("runner.py", "_SLICES"): "how often progress is reported",
     ("scenarios/few_clips.py", "LONGEST_GAP"): "how long a shard may be without acceptance",
     ("scenarios/few_clips.py", "_EPOCHS"): "the budget of these runs",
+    ("scenarios/few_clips.py", "_SECONDS"): "when these runs end at the latest",
     ("shrink.py", "MAX_TRIES"): "when shrinking stops",
     ("trace.py", "_SEARCHED"): "when the search for causes stops",
     ("world.py", "_LIST_SECONDS"): "for how long readers share one list of nodes, to save processor time",
