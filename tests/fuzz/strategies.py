@@ -95,8 +95,11 @@ def _arrays(schema: Json, root: Json) -> st.SearchStrategy[list[Any]]:
 
 def _objects(schema: Json, root: Json) -> st.SearchStrategy[Json]:
     if "properties" not in schema:
-        inner = schema.get("additionalProperties")
-        return st.dictionaries(st.text(max_size=5), of_schema(inner, root) if isinstance(inner, dict) else _SETTING, max_size=3)
+        inner, keys, least = schema.get("additionalProperties"), st.text(max_size=5), schema.get("minProperties", 0)
+        for pattern, named in schema.get("patternProperties", {}).items():
+            inner, keys = named, _strings({"pattern": pattern})
+        values = of_schema(inner, root) if isinstance(inner, dict) else _SETTING
+        return st.dictionaries(keys, values, min_size=least, max_size=least + 3)
     fields = {name: of_schema(each, root) for name, each in schema["properties"].items()}
     told_apart = [name for name, each in schema["properties"].items() if "const" in each]  # a union needs its tag
     needed = {name: fields.pop(name) for name in dict.fromkeys((*schema.get("required", ()), *told_apart))}

@@ -28,6 +28,7 @@ CHANGES = {
     "coordinators": ["cd" * 32],
     "expires": NOW + 1e7,
     "needs": ["unknown-fields"],
+    "card.license": "apache-2.0",
 }
 """One change of every changeable field."""
 
