@@ -7,7 +7,7 @@ trained, how it is checked, by which coordinators and how fast.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -102,10 +102,18 @@ def _set(old: Manifest, document: dict[str, Any], name: str, value: Any) -> None
         if unknown := unknown_key({top: value}, Manifest):
             raise UpgradeRefused("value", name, f"{unknown}; look at `lutetia run show`")
         document[top] = value
-    elif isinstance(table := getattr(old, top), BaseModel) and key in type(table).model_fields:
-        document[top][key] = value  # also a field that is not written while it has its default
+    elif (table := _table(old, top)) and key in table.model_fields:
+        document[top] = {**(document.get(top) or {}), key: value}  # also a field that is not written while it has its default
     else:
         raise UpgradeRefused("value", name, f"the manifest's {top} has no {key!r}; look at `lutetia run show`")
+
+
+def _table(old: Manifest, name: str) -> type[BaseModel] | None:
+    """The model of a field that is a table, also while it has none; None for a plain value."""
+    if isinstance(table := getattr(old, name), BaseModel):
+        return type(table)
+    choices = get_args(Manifest.model_fields[name].annotation)
+    return next((each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)), None)
 
 
 def _fixed(field: str) -> UpgradeRefused:

@@ -58,10 +58,13 @@ def place_of(address: str) -> str:
     return address.partition("/p2p/")[0]
 
 
-def host_of(address: str) -> IPAddress | None:
-    """The IP address of a multiaddr of the form /ip4/HOST/tcp/PORT; None for host names, relays and what is malformed."""
+def host_of(address: str, *, listens: bool = False) -> IPAddress | None:
+    """The IP address of a multiaddr of the form /ip4/HOST/tcp/PORT; None for host names, relays and what is malformed.
+
+    Port 0 is malformed, except where a peer `listens`.
+    """
     match = _PLACE.fullmatch(place_of(address))
-    if match is None or "/p2p-circuit" in address or not 0 < int(match[3]) < 1 << 16:
+    if match is None or "/p2p-circuit" in address or not (0 if listens else 1) <= int(match[3]) < 1 << 16:
         return None
     try:
         host = ipaddress.ip_address(match[2])
@@ -93,7 +96,7 @@ class DialPolicy:
         """
         trusted = frozenset(trusted)
         places = frozenset(map(place_of, trusted))
-        named = [host for host in map(host_of, places) if host is not None]
+        named = [host for place in places if (host := host_of(place, listens=True)) is not None]
         hosts = [host for host in (*named, *resolved) if not host.is_unspecified]
         private, loopback = _ranges_with(_PRIVATE, hosts), _ranges_with(_LOOPBACK, hosts)
         if any(_is_public(host) for host in hosts):

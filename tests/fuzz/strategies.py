@@ -119,6 +119,7 @@ def _consistent(value: Json) -> Json:
     count, batch = len(value["shards"]), value["optimisation"]["batch"]
     for index, shard in enumerate(value["shards"]):
         shard |= {"index": index, "prior": 1 / count, "clips": max(shard["clips"], batch)}
+        shard["expert"] = None  # the adapters of a run are alike, on one base
     latent, created = value["latent"], value["created"]
     channels = latent["channels"] if latent["channels"] <= 8 else 0
     latent |= {"mean": [0.5] * channels, "std": [1.5] * channels}

@@ -57,6 +57,12 @@ async def test_places_of_the_ticket_are_always_dialled() -> None:
     assert DialPolicy.of(["/dns4/x/tcp/1"], [ipaddress.ip_address("10.1.2.3")]).allows("/ip4/10.9.9.9/tcp/5/p2p/a")
 
 
+def test_a_peer_that_listens_at_any_port_of_loopback_lives_there() -> None:
+    policy = DialPolicy.of(["/ip4/127.0.0.1/tcp/0"])
+    assert policy.allows("/ip4/127.0.0.2/tcp/4001")
+    assert not policy.allows("/ip4/127.0.0.2/tcp/0")
+
+
 def test_a_silent_address_is_dialled_ever_more_rarely() -> None:
     backoff, address, dials, now = DialBackoff(), f"{PUBLIC}/p2p/x", 0, 0.0
     while now < 24 * 3600:
