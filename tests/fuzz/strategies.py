@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 from benchmarks.fuzz import examples
 from benchmarks.fuzz.mutator import mutate
 from benchmarks.fuzz.targets import target
+from lutetia.protocol.schema.capabilities import CAPABILITIES
 from lutetia.protocol.schema.manifest import Manifest
 
 Json = dict[str, Any]
@@ -27,7 +28,7 @@ _ANY = st.recursive(
     max_leaves=6,
 )
 _LATER = _ANY.filter(lambda value: len(text := json.dumps(value)) < 200 and text.count("[") + text.count("{") <= 3)
-_PRINTABLE = st.characters(exclude_categories=("C",))
+_PRINTABLE = st.characters(exclude_categories=("C", "Z"), include_characters=" ")
 _SETTING = st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(-1e9, 1e9) | st.text(_PRINTABLE, max_size=9)
 """A value of a network's configuration."""
 
@@ -124,7 +125,7 @@ def _consistent(value: Json) -> Json:
     channels = latent["channels"] if latent["channels"] <= 8 else 0
     latent |= {"mean": [0.5] * channels, "std": [1.5] * channels}
     value |= {"checkpoint_samples": 2 * batch, "samples_per_shard": 6 * batch, "expires": created + abs(created) + 1}
-    value.pop("needs", None)  # an unknown capability is a reason to refuse
+    value["needs"] = list(CAPABILITIES)  # some settings need one, and an unknown one is a reason to refuse
     value["run"] = None if value["version"] == 1 else value.get("run") or "a" * 64
     return value
 
