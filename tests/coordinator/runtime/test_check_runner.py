@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import CheckFailed, Limits, Replayed, Verdict
 from lutetia.coordinator.acceptance.loss_bounds import Losses
-from lutetia.coordinator.acceptance.messages import Offered, StartAudit
+from lutetia.coordinator.acceptance.messages import Offered, ReplayProcess, StartAudit
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.events import MixtureStitched, RouterTrained
 from lutetia.coordinator.ledger.log import Ledger
@@ -21,6 +22,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, status
 from lutetia.coordinator.runtime.check_runner import KEPT_STATES, NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.runtime.stitcher import next_step
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from tests.coordinator.acceptance.judge_driver import (
@@ -61,6 +63,28 @@ def test_weights_and_traces_are_kept_as_long_as_their_epoch_counts(tmp_path: Pat
     traces = {record.epoch for record in records if record.trace.digest in set(runners[0].blobs.digests())}
     assert kept == [{4, 5, 6}, set(range(1, 7))]
     assert traces == {4, 5, 6}
+
+
+class _Named(WorkerClient):
+    """A worker process that fails each job with its own name."""
+
+    async def ask(self, job: object, **_: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise WorkerFailed(self._name)
+
+
+async def test_replays_for_proofs_have_processes_of_their_own(tmp_path: Path):
+    blobs, manifest, driver = BlobStore(tmp_path / "blobs"), make_manifest(), drive_judge()
+    shard = manifest.shards[0].model_copy(update={"train": blobs.add_bytes(b"clips")})
+    manifest = manifest.model_copy(update={"shards": (shard, *manifest.shards[1:])})
+    weights, state, trace = (blobs.add_bytes(name.encode()) for name in ("weights", "state", "trace"))
+    driver.accept(PEERS[0], weights=weights, state=state, trace=trace)
+    names = ("checking", "auditing", "proving", "parents")
+    checks, audits, proofs, parents = (_Named(tmp_path, name=name, threads=1, nice=0) for name in names)
+    nobody = cast(Any, None)
+    runner = NetworkCheckRunner(nobody, manifest, blobs, blobs, checks, audits, 1.0, nobody, set(), 4, proofs, parents)
+    processes: tuple[ReplayProcess, ...] = ("audit", "proof", "parent")
+    asked = [(await runner.replay(replace(driver.audits[0], process=process))).finding.text for process in processes]
+    assert asked == ["auditing", "proving", "parents"]
 
 
 def test_old_training_states_are_removed_and_weights_kept(tmp_path: Path):
