@@ -26,6 +26,7 @@ from lutetia.models.data.shards import ShardData
 from lutetia.models.device import Precision
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
+from lutetia.models.training.replay import made_with
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
@@ -227,7 +228,7 @@ class Lab:
             files[0],
             files[1],
             files[2],
-            made or TrainedWith(micro_batch=snapshot.micro_batch, precision=snapshot.precision),
+            made or made_with("cpu", snapshot.precision, snapshot.micro_batch),
             snapshot.epoch,
         )
 

@@ -68,7 +68,7 @@ def test_files_without_a_coordinators_signature_are_not_fetched() -> None:
 @pytest.mark.parametrize("name", TRICKS)
 def test_hostile_names_in_built_data_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
-        DataFile(path=name, blob=examples.blob(), clips=1)
+        DataFile(path=name, blob=examples.blob(), clips=1, bytes=1)
     if "/" in name or "\\" in name or not name.isprintable():
         with pytest.raises(ValidationError):
             ShardSpec(index=0, name=name, train=examples.blob(), holdout=examples.blob(), clips=1, holdout_clips=1, prior=1.0)

@@ -36,7 +36,7 @@ class OnDevice(torch.Tensor):
     """A tensor on the emulated device; `memory` is the CPU tensor that holds its numbers."""
 
     memory: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType] (as torch documents)
 
     @staticmethod
     def __new__(cls, memory: torch.Tensor) -> OnDevice:
@@ -69,7 +69,7 @@ def _compute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     on_device = bool(here) if asked is None else asked.type == NAME
     if name == "aten::copy_":
         on_device = isinstance(args[0], OnDevice)
-    changed = {"device": torch.device("cpu")} if asked is not None else {}
+    changed: dict[str, Any] = {"device": torch.device("cpu")} if asked is not None else {}
     if "pin_memory" in kwargs:
         changed["pin_memory"] = False
     known = {id(tensor.memory): tensor for tensor in here}  # what an operation in place gives back

@@ -29,9 +29,7 @@ def test_prediction_has_the_latent_shape_and_uses_all_inputs(spec) -> None:
     assert not torch.allclose(base, call_expert(model, data.latents + 1, t, data.tokens, data.pooled))
     assert not torch.allclose(base, call_expert(model, data.latents, t * 0.5, data.tokens, data.pooled))
     assert not torch.allclose(base, call_expert(model, data.latents, t, data.tokens * 0, data.pooled))
-    assert torch.allclose(
-        base[1:2], call_expert(model, *(x[1:2] for x in (data.latents, t, data.tokens, data.pooled))), atol=1e-5
-    )
+    assert torch.allclose(base[1:2], call_expert(model, data.latents[1:2], t[1:2], data.tokens[1:2], data.pooled[1:2]), atol=1e-5)
 
 
 def test_latent_patches_return_to_their_place(spec) -> None:

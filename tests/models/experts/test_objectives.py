@@ -1,6 +1,7 @@
 """The equations, checked with exact predictions instead of trained ones, so that every error is the code's."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_table_of_betas_is_the_path_of_diffusers_scheduler(prediction) -> None:
         beta_start=0.00085, beta_end=0.012, snr_shift_scale=3.0, rescale_betas_zero_snr=True, prediction_type="v_prediction"
     )
     x0, noise = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    k = torch.tensor([0, 1, 500, 900, 998])
+    k: Any = torch.tensor([0, 1, 500, 900, 998])  # diffusers asks for torch.IntTensor
     z = scheduler.add_noise(x0, noise, k)
     t = flow_time(COGVIDEOX, k / 1000)
     s, scale = matched(COGVIDEOX, t)
