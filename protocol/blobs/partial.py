@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable, chunk_count
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.system.errors import IntegrityError
-from lutetia.system.files import disk_errors
+from lutetia.system.files import disk_errors, lock_file
 
 _DATA, _TABLE, _MARKS = "data", "table", "arrived"
 
@@ -162,12 +161,11 @@ def _locked(folder: Path) -> int | None:
     while True:
         marks = os.open(folder / _MARKS, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(marks, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_file(marks):
+                os.close(marks)
+                return None
             if os.path.samestat(os.fstat(marks), os.stat(folder / _MARKS)):
                 return marks
-        except BlockingIOError:
-            os.close(marks)
-            return None
         except BaseException:
             os.close(marks)
             raise

@@ -7,7 +7,6 @@ bytes get their name, so a blob that exists can always be served. Transfers in p
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import secrets
@@ -21,7 +20,7 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, ChunkTable, read_chu
 from lutetia.protocol.blobs.partial import PartialBlob, discard_unheld
 from lutetia.protocol.schema.manifest import BlobRef
 from lutetia.system.errors import DiskError, IntegrityError
-from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
+from lutetia.system.files import disk_errors, fsync_folder, lock_file, make_folder, write_atomic
 
 _TABLE = ".table"
 _SWEEP_AGE = 60.0  # seconds
@@ -171,7 +170,7 @@ class BlobStore:
         with disk_errors(path):
             try:
                 with path.open("xb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    lock_file(file.fileno())
                     yield path, file
             finally:
                 path.unlink(missing_ok=True)
@@ -188,8 +187,7 @@ class BlobStore:
             discard_unheld(folder, time.time() - _UNWANTED_AGE)
         for path in self.partial_folder.glob("incoming-*"):
             with contextlib.suppress(OSError), path.open("rb") as file:
-                if time.time() - path.stat().st_mtime > _SWEEP_AGE:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime > _SWEEP_AGE and lock_file(file.fileno()):
                     path.unlink(missing_ok=True)
 
     def _file(self, digest: str) -> Path:

@@ -11,7 +11,7 @@ from tests.test_walls import FILES, ROOT
 
 QUOTED = (
     "looking for a shard", "from the local state", "before leaving", "checkpoint is accepted; leaving", "applies now",
-    "left the run; all its processes have ended", "by the volunteer", "the whole batch fits", "wrote the secret key of",
+    "left the run; all its processes have ended", "by the volunteer", "small beside the memory", "wrote the secret key of",
     "anybody who has it can act as this node", "it signs the run", "may differ by", "right on held-out noisy clips",
     "stitched from epochs", "of it new", "held-out loss is", "experts used", "Volunteers join with:",
     "Status page:", "with the same ticket", "only this machine can join: the ticket names", "Only this machine can join",

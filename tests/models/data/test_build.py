@@ -255,7 +255,7 @@ def test_thirty_clips_build_with_default_sizes_and_warnings(few: Path, tmp_path:
     assert f"it rebuilds these clips at {report.round_trip_db:.1f} dB" in caplog.text
     assert "text builtin:words is a stand-in" in caplog.text
     assert "3 of 30 captions hold no words (the first is of ball-002.mp4)" in caplog.text
-    assert "2 files in" in caplog.text
+    assert "that were not used: 1 .jpg, 1 .doc" in caplog.text
     lines = [json.loads(line) for line in (report.out / "clips.jsonl").read_text().splitlines()]
     assert [line["file_name"] for line in lines if "not_used" in line] == ["cover.jpg", "notes.doc"]
 

@@ -176,4 +176,4 @@ def test_reason_of_known_errors(error: Exception, reason: str):
 
 def test_reason_of_unknown_errors_is_none():
     assert reason_of(RuntimeError("shapes do not match")) is None
-    assert reason_of(DataError("unexpected here")) is None
+    assert reason_of(DataError("of a shard")) == ("bad-shard", "of a shard")

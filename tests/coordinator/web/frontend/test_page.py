@@ -28,7 +28,7 @@ PROMPTS = ["a red ball bounces", "<script>alert(1)</script>", "مرحبا بال
 FIRST_LOAD = 120_000
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "LUTETIA_REQUIRE_CHROMIUM" not in os.environ, reason="Chromium is not installed (Debian: chromium)"
+    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="Chromium is not installed (Debian: chromium)"
 )
 
 
