@@ -24,7 +24,6 @@ from lutetia.models.training.holdout_loss import holdout_loss
 SEED = 1
 STOPPED = {
     "untrained": "holdout",
-    "sign-flipped": "holdout",
     "one NaN": "numbers",
     "one infinity": "numbers",
     "one weight of 1e9": "numbers",
@@ -45,7 +44,7 @@ OWN, *_, WIDEST = EXCUSES.items()
 BY_FIRST_STEPS = ("parent republished", "parent plus dust", "forward passes only", "fabricated trace", "other data")
 BY_WHOLE_EPOCH = (
     f"stops after the {SHORT} replayed steps", "half trained", "scaled by 1.5", "backdoor, strong", "moments uphill",
-    "moments a thousandth",
+    "moments a thousandth", "sign-flipped",
 )  # fmt: skip
 
 
