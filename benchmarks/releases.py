@@ -184,7 +184,7 @@ def _until(condition: Callable[[], bool], processes: Sequence[Running], deadline
                 raise RuntimeError(f"{log.stem} ended: {log.read_text(errors='replace').strip().splitlines()[-1]}")
         if time.monotonic() > deadline:
             raise TimeoutError("the run was not done in time")
-        time.sleep(1.0)
+        time.sleep(1.0)  # the older release tells of its progress by a file alone
 
 
 def _is_done(path: Path) -> bool:

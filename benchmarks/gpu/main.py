@@ -139,7 +139,7 @@ def _in_child(part: Part, device: str, small: bool, limit: float, lines: Path) -
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         try:
             part.run(site)
-        except Exception as error:  # noqa: BLE001 (whatever a driver raises ends this part and no other)
+        except Exception as error:  # noqa: BLE001 - drivers raise errors of many types, and each must end only its own part
             traceback.print_exc()
             site.put("failed", first_line(error))
             sys.exit(1)

@@ -16,7 +16,7 @@ from lutetia.models.device import free_cached_memory
 
 
 def processes(device: str) -> BaseContext:
-    """How processes that use `device` are started: forked for a CPU, which is ready at once, else anew.
+    """Choose how to start processes that use `device`: by a fork for a CPU, as new interpreters for a card.
 
     A forked process cannot use a card if its parent has touched the driver, and some packages do so when they are imported.
     """

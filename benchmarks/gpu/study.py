@@ -11,9 +11,9 @@ import json
 import math
 import multiprocessing
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,9 @@ def _watch(site: Site, arms: Sequence[Arm], held_out: Clips, trainers: Sequence)
         complete = all(len(curves.get(arm.name, [])) == arm.manifest.epochs for arm in arms)
         if complete or not alive or site.left < (1 - SHARE_TO_TRAIN) * site.seconds:
             return curves
-        time.sleep(POLL)
+        wait(
+            [trainer.sentinel for trainer in trainers if trainer.is_alive()], POLL
+        )  # checkpoints are files, and nothing else tells of a new one
 
 
 def _loss(site: Site, arm: Arm, files: Sequence[Path], held_out: Clips) -> float:

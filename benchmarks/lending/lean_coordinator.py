@@ -82,7 +82,7 @@ def measure(run: CreatedRun, root: Path) -> tuple[float, set[str], float]:
         options = ("--lend-checks", "--stitch", "end", "--exit-when-done")
         coordinator = stack.enter_context(command("coordinator", "serve", str(run.folder), *options))
         while not (run.folder / "status.json").exists() and coordinator.poll() is None:
-            time.sleep(0.2)
+            time.sleep(0.2)  # the file is made by another process, and nothing else tells of it
         for number in range(SHARDS + CHECKERS):
             folder = str(root / f"node {number}")
             options = ("--state-folder", folder, "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu", "--threads", "1")
@@ -97,7 +97,7 @@ def measure(run: CreatedRun, root: Path) -> tuple[float, set[str], float]:
                 kind = "worker process" if "coordinator.worker" in line else "p2pd" if "p2pd" in line else "coordinator"
                 kinds.add(kind)
                 peak = max(peak, used) if kind == "coordinator" else peak
-            time.sleep(0.25)
+            time.sleep(0.25)  # the distance between two samples of the memory
         if coordinator.poll() != 0:
             raise SystemExit(f"the run did not end well within {_LONGEST:.0f} s")
     return peak, kinds, time.monotonic() - began

@@ -54,7 +54,7 @@ def _bfloat16(trainer: ExpertTrainer) -> None:
 
 
 def _no_moments(trainer: ExpertTrainer) -> None:
-    """Both moments begin anew: 8 bytes a number."""
+    """Set both moments to zero. A checkpoint then has 8 bytes a number."""
     trainer._optimiser.load({}, trainer.steps)
 
 

@@ -107,7 +107,7 @@ def write_results(state: StudyState) -> StudyResults:
 
 
 def rewrite_tables(out: Path) -> Path:
-    """Write the tables anew from `out/results.json`, with the pictures that lie beside it. Returns the page.
+    """Make the tables again from `out/results.json`. Show the pictures that lie in `out`. Returns the path of the page.
 
     Raises ConfigError if there are no results or they cannot be read.
     """

@@ -50,7 +50,7 @@ def judge_isolated(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> 
     """
     try:
         return Judgement(*judge(rules, state, stimulus))
-    except Exception as error:  # any defect of the judge that a peer's input reaches costs that input, not the coordinator
+    except Exception as error:  # a peer can reach any defect of the judge, and must not end the coordinator by it
         if isinstance(stimulus, LedgerFacts | LimitsKnown):
             raise
         return _fallback(rules, state, stimulus, error)

@@ -81,7 +81,7 @@ class LentCheckRunner(NetworkCheckRunner):
         return {shard: SizeLimits.of(size, self.sizes.state[shard], steps) for shard, size in self.sizes.weights.items()}
 
     async def inspect(self, record: CheckpointRecord) -> None:
-        """Have the files inspected and scored at once: whoever inspects them has them."""
+        """Have the same nodes inspect the files and score them, so that each fetches them once."""
         report = self._found.get(record.digest) or await self._report_on(record)
         if report.outcome == "refused":
             raise CheckFailed("invalid", report.check or "format", report.text)

@@ -87,7 +87,7 @@ def build_app(
     @app.head("/blobs/{digest}", include_in_schema=False)
     @app.get("/blobs/{digest}", response_class=FileResponse, responses={404: {"description": "There is no such blob here"}})
     async def blob(digest: str) -> FileResponse:
-        """A blob by its digest. Ranges are answered with 206; whoever checks it by its table of chunk hashes needs no trust."""
+        """Send a blob by its digest. Answers a range with status 206. A client checks the bytes by the blob's chunk hashes."""
         if not _DIGEST.fullmatch(digest) or not blobs.has(digest):
             raise HTTPException(404, "this coordinator does not have the blob")
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "ETag": f'"{digest}"'}

@@ -118,7 +118,7 @@ def build_scheduler(sampling: SamplingSpec) -> Any:
         return FlowMatchEulerDiscreteScheduler(shift=sampling.time_shift)
     try:
         return getattr(diffusers, spec.class_name).from_config(spec.config)
-    except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:
+    except (TypeError, ValueError, ArithmeticError, NotImplementedError) as error:  # what the constructors of schedulers raise
         raise ConfigError(f"{spec.class_name} refuses its configuration: {error}; correct sampling.scheduler") from error
 
 

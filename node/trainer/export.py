@@ -60,7 +60,7 @@ class TrainingExport:
     def _attempt(self, act: Callable[[], object]) -> None:
         try:
             act()
-        except Exception as error:  # noqa: BLE001 (a full disk, a library's own error: exports are not worth a step)
+        except Exception as error:  # noqa: BLE001 - no error of an exporting library may end the training
             _log.warning("losses are not exported any more: %s: %s", type(error).__name__, error)
             self._log = self._clips = None
 
