@@ -8,22 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from lutetia.coordinator.addresses import dialled_address, host_port
-from lutetia.protocol.schema.manifest import (
-    AuditPolicy,
-    Count,
-    ExpertSpec,
-    HardwareNeeds,
-    LatentSpec,
-    Name,
-    Optimisation,
-    Positive,
-    PublicKey,
-    RouterSpec,
-    SamplingSpec,
-    Timing,
-)
+from lutetia.protocol.schema.manifest import AuditPolicy, Count, HardwareNeeds, Name, Positive, PublicKey, Timing
 from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 from lutetia.protocol.schema.ticket import Place
 
 PageAddress = Annotated[str, AfterValidator(lambda value: value if value == "off" else host_port(value))]

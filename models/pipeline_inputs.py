@@ -15,7 +15,7 @@ from torch import Tensor
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.mixing.sampling import initial_noise
 from lutetia.models.mixture import Mode
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import UsageError
 
 MAX_PROMPT_CHARACTERS = 2000

@@ -15,7 +15,7 @@ from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import SCHEDULER_CONFIG
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline_inputs import Texts
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 
 def read_parts(folder: MixtureFolder, dtype: torch.dtype | None, base: Any = None, hub: bool = False) -> dict[str, Any]:

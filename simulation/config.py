@@ -9,16 +9,10 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.schema.identity import Identity, peer_id_of
-from lutetia.protocol.schema.manifest import (
-    BlobRef,
-    ExpertSpec,
-    LatentSpec,
-    Manifest,
-    Optimisation,
-    ShardSpec,
-    Timing,
-    lease_seconds,
-)
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec, Timing, lease_seconds
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.simulation.event_queue import START
 
 MIB = 1 << 20

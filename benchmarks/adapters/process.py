@@ -21,8 +21,10 @@ from lutetia.models.mixing.stitch import stitch
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.tensor_files import write_tensors
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import ExpertSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseDtype, BaseSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 
 COUNTS = (1, 2, 4, 8)
 NETWORK = ExpertSpec(

@@ -23,7 +23,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.protocol.schema import records as r
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.status import MAX_STATUS_BYTES
 from lutetia.system.errors import ConfigError
 

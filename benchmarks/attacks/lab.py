@@ -31,8 +31,10 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.system.process import Message, ParentChannel
 

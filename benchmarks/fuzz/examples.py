@@ -16,16 +16,10 @@ from lutetia.protocol.rpc.introduction import Hello
 from lutetia.protocol.schema import records
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import (
-    BlobRef,
-    ExpertSpec,
-    LatentSpec,
-    Manifest,
-    Optimisation,
-    ShardSpec,
-    SignedManifest,
-    Timing,
-)
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.ticket import Ticket
 
 OWNER, COORDINATOR, PEER = (Identity.derived(name) for name in ("owner", "coordinator", "peer"))

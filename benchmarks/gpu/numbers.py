@@ -18,7 +18,7 @@ from lutetia.models.training.replay import ReplayEnd, ReplayParent, made_with, r
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.node.trainer.probe import describe
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
 OPTIMIZERS: tuple[Literal["adamw", "muon"], ...] = ("adamw", "muon")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")

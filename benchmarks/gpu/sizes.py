@@ -27,7 +27,8 @@ from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.devices import Accelerators, choose_precision
 from lutetia.node.trainer.probe import ProbeQuestion, probe
-from lutetia.protocol.schema.manifest import LatentSpec, SignedManifest
+from lutetia.protocol.schema.manifest import SignedManifest
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 CARDS = (80, 24, 12)
 """GB that the card is told to have; the first is one without a limit that matters."""

@@ -20,7 +20,8 @@ from lutetia.models.data.shards import ShardData
 from lutetia.models.device import Precision
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.trainer.devices import Accelerators, choose_precision
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 Step = Callable[[], object]
 MIDDLE = ExpertSpec(

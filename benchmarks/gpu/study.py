@@ -40,7 +40,8 @@ from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.models.video_files import to_uint8
 from lutetia.node.trainer.devices import Accelerators, choose_precision
-from lutetia.protocol.schema.manifest import LatentSpec, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import read_toml
 
@@ -223,9 +224,8 @@ def _watch(site: Site, arms: Sequence[Arm], held_out: Clips, trainers: Sequence)
         complete = all(len(curves.get(arm.name, [])) == arm.manifest.epochs for arm in arms)
         if complete or not alive or site.left < (1 - SHARE_TO_TRAIN) * site.seconds:
             return curves
-        wait(
-            [trainer.sentinel for trainer in trainers if trainer.is_alive()], POLL
-        )  # checkpoints are files, and nothing else tells of a new one
+        # checkpoints are files, and nothing else tells of a new one
+        wait([trainer.sentinel for trainer in trainers if trainer.is_alive()], POLL)
 
 
 def _loss(site: Site, arm: Arm, files: Sequence[Path], held_out: Clips) -> float:

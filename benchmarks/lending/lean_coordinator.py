@@ -30,7 +30,8 @@ from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile
 from lutetia.models.data.parts.index import Split
 from lutetia.models.data.parts.writer import write_shard
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 
 SHARDS, CHECKERS, EPOCHS, STEPS, BATCH = 2, 3, 3, 8, 4
 HELD_OUT, CLIPS_OF_A_CHECK = 16, 2

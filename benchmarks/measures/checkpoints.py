@@ -26,7 +26,9 @@ from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay
 from lutetia.models.training.states.eight_bit import pack_float, unpack
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.capabilities import COMPACT
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 SEEDS, EPOCHS, HELD_OUT = 3, 4, 24
 LARGE = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lutetia.cli.init.proposal import DataChoice, Measured
 from lutetia.coordinator.settings import small_expert
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lutetia.cli.init.proposal import DataChoice, Measured
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import ConfigError
 
 _MORE_FRAMES, _SIDE_STEP, _LARGEST_SIDE = 16, 16, 512

@@ -11,7 +11,7 @@ from lutetia.system.errors import UsageError
 
 if TYPE_CHECKING:
     from lutetia.models.mixing.description import MixtureDocument
-    from lutetia.protocol.schema.manifest import LatentSpec
+    from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 SHARE_OF_FREE_MEMORY = 0.5
 """What experts may take; the rest is for activations and the autoencoder."""

@@ -9,7 +9,8 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import AdaptedExpert, RunSettings
 from lutetia.models.experts.adapters.base_sources import check_files, find_base, missing_base, read_paths, write_paths
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 
 

@@ -29,16 +29,10 @@ from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.capabilities import COMPACT, SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import (
-    ExpertSpec,
-    LatentSpec,
-    Manifest,
-    Optimisation,
-    ShardSpec,
-    SignedManifest,
-    first_problem,
-    needed_capabilities,
-)
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, first_problem, needed_capabilities
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IntegrityError
 from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic

@@ -6,7 +6,9 @@ import logging
 
 from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.schema.capabilities import PIPELINES
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Optimisation, SamplingSpec, TimeSampling
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec, TimeSampling
 from lutetia.system.errors import ConfigError
 
 _log = logging.getLogger(__name__)

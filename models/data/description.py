@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from lutetia.models.data.cluster.report import ClusterReport
 from lutetia.models.data.parts.index import part_path, read_index
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, Count, LatentSpec, Name, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, Count, Name, first_problem
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError
 
 DATA_FILE = "data.json"

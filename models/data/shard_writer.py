@@ -25,7 +25,7 @@ from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, 
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.data.parts.writer import ShardWriter, WrittenShard, part_bytes, text_of
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import LatentShape, LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentShape, LatentSpec
 from lutetia.system.errors import ConfigError, DataError
 from lutetia.system.files import write_atomic
 

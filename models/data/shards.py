@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 Rows = Sequence[int] | Tensor
 """Numbers of clips in their shard."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 
 MOST_LAYERS = 256

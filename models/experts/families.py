@@ -29,7 +29,8 @@ from lutetia.models.experts.classes.registry import FAMILIES, family_of
 from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
 from lutetia.models.experts.trained import published_tensors
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lutetia.models.experts.objectives import T_MIN, Predict, row_losses, schedule_of
-from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.loss_weighting import LossWeighting
+from lutetia.protocol.schema.model.training_spec import Optimisation
 
 
 def weighted_losses(

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lutetia.models.experts.beta_table import table_flow_time, table_time
 from lutetia.models.experts.classes.family import TIMESTEPS
-from lutetia.protocol.schema.manifest import ExpertSpec, TimeSampling
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
+from lutetia.protocol.schema.model.training_spec import TimeSampling
 
 Prediction = Literal["velocity", "sample", "epsilon"]
 Schedule = Literal["linear", "vp_cosine"] | BetaSchedule

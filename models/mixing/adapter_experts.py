@@ -23,8 +23,8 @@ from lutetia.models.mixing.denoisers import Denoiser, module_denoiser
 from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.networks.model_ref import hub_errors, parse_ref
-from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.protocol.schema.model.adapter import BaseSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 
 log = logging.getLogger(__name__)

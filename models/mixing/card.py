@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from lutetia.models.mixing.description import ExpertEntry
-from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
 UNSTATED = "not stated by the run's owner"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

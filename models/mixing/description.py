@@ -13,8 +13,11 @@ from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally, added
 from lutetia.protocol.schema.identity import verify
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, ExpertInputs
+from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 
 FILE = "mixture.json"

@@ -17,8 +17,10 @@ from pydantic import ValidationError
 
 from lutetia.models.experts.adapters.lora_file import LORA_FILE
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import BlobRef, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import SchedulerSpec
+from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.system.errors import IntegrityError
 
 INDEX = "model_index.json"

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.families import TIMESTEPS
 from lutetia.models.tensor_files import read_document, write_tensors
-from lutetia.protocol.schema.manifest import LatentSpec, Manifest, RouterSpec
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import RouterSpec
 from lutetia.system.errors import IntegrityError
 
 MAX_PATCHES = 32  # keeps the router's cost near a tenth of an expert's, even for tiny experts

@@ -31,7 +31,9 @@ from lutetia.models.mixing.layout import CONFIG, is_known
 from lutetia.models.mixing.router import VideoRouter, read_router
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.training.checkpoint_checks import check_weights
-from lutetia.protocol.schema.manifest import LatentSpec, Manifest, SamplingSpec
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError
 

@@ -11,7 +11,7 @@ from lutetia.models.data.encode.text import load_text_encoder
 from lutetia.models.data.encode.text_encoder import TextEncoder
 from lutetia.models.experts.families import check_fits
 from lutetia.models.sources.pipeline import PipelineSource, open_pipeline
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
 from lutetia.system.errors import ConfigError
 

@@ -17,8 +17,11 @@ from lutetia.models.mixing.stock.solvers import dynamic_shift
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, snapshot
 from lutetia.models.networks.video_autoencoders import ltx_ratios
 from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convention
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, SamplingSpec, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, SchedulerSpec, TextRecipe
+from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.system.errors import ConfigError
 
 WHAT = "pipeline"

@@ -11,7 +11,9 @@ from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.device import Device
 from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, ExpertSpec, Name, Optimisation, Positive, RouterSpec, SamplingSpec
+from lutetia.protocol.schema.manifest import Count, Name, Positive
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 
 Arm = Literal["small-batch", "root-rate", "balanced", "random", "kinds", "warm-start", "wide", "narrow"]
 Control = Arm | Literal["text-blind", "oracle", "modes", "experts"]

@@ -15,7 +15,8 @@ from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.plan import StudyPlan
 from lutetia.models.study.trainings import Training
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError
 
 _PROBE_SECONDS = 1.0

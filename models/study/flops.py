@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from lutetia.models.experts.families import build_meta, call_expert
 from lutetia.models.mixing.router import router_of
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, RouterSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import RouterSpec
 
 
 class Cost(Frozen):

@@ -14,7 +14,8 @@ from lutetia.models.study.config import Arm, FramesBase, StudyConfig
 from lutetia.models.study.flops import Cost, expert_cost, router_cost
 from lutetia.models.study.trainings import Method, Reading, Tier, Training, WarmStart, readings_of, shared
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from lutetia.models.mixture import Mode
 from lutetia.models.study.config import Prompts, StudyConfig
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
 Tier = Literal["base", "headline", "control"]
 Method = Literal["kmeans", "random", "kinds", "balanced"]

@@ -21,7 +21,9 @@ from lutetia.models.tensor_files import DTYPES, MAX_HEADER_BYTES, NotTensors, Te
 from lutetia.models.training.optimisers import hidden_matrices
 from lutetia.models.training.states.compact import CODES, MOMENTUM, PARAMETER, SCALE, SECOND, open_state
 from lutetia.models.training.states.eight_bit import blocks
-from lutetia.protocol.schema.manifest import CheckpointForm, ExpertSpec, Optimisation
+from lutetia.protocol.schema.manifest import CheckpointForm
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system.errors import IntegrityError
 
 Reason = Literal["missing", "extra", "shape", "dtype", "non-finite", "norm", "header"]

@@ -24,7 +24,8 @@ from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.optimisers import MUON_RATE
 from lutetia.models.training.states.compact import open_state
-from lutetia.protocol.schema.manifest import CheckpointForm, Optimisation
+from lutetia.protocol.schema.manifest import CheckpointForm
+from lutetia.protocol.schema.model.training_spec import Optimisation
 
 _SLACK = 1.02  # rounding
 _COMPACT_SLACK = 1.1  # rounding of roots and momenta to 8 bits

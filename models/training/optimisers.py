@@ -15,7 +15,7 @@ from lutetia.models.training.memory.slim_adamw import REST, SlimAdamW
 from lutetia.models.training.muon import Muon
 from lutetia.models.training.states.compact import FIRST, PARAMETER, pack, unpacked
 from lutetia.models.training.states.eight_bit import Packed
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system.errors import ConfigError
 
 _SETTLING = 3

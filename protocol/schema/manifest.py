@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -13,16 +13,12 @@ from lutetia.protocol.schema.fields import (
     Bytes,
     Count,
     Digest,
-    Extent,
-    Label,
     Moment,
     Name,
     Positive,
     PublicKey,
     Rate,
-    Real,
     ShardIndex,
-    Share,
     Signature,
     Tally,
     added,
@@ -31,98 +27,14 @@ from lutetia.protocol.schema.identity import Identity, verify
 from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.card_spec import CardSpec
-from lutetia.protocol.schema.model.loss_weighting import LossWeighting
-from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, SchedulerSpec, TextRecipe
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
 
 MAX_MANIFEST_BYTES = 1 << 20
 _SIGNING_DOMAIN = b"lutetia-manifest-1\n"
-
-
-class ExpertSpec(WireDocument):
-    """The network of one expert."""
-
-    class_name: str = Field(
-        default="WanTransformer3DModel", pattern=r"^[A-Z][A-Za-z0-9]{2,63}$", description="Class name of a diffusers transformer"
-    )
-    config: Config = Field(description="Its configuration, as diffusers reads it")
-    prediction: Literal["velocity", "sample", "epsilon"] = Field(default="velocity", description="What it predicts")
-    noise_schedule: Literal["linear", "vp_cosine"] = Field(
-        default="linear", description="How data and noise are mixed over time: flow matching, or a variance-preserving cosine"
-    )
-    init: BlobRef | None = Field(default=None, description="Weights that training starts from; null: random ones")
-    betas: BetaSchedule | None = added(
-        None, "Noise path as a table, which holds in place of `noise_schedule`; null: `noise_schedule`"
-    )
-    inputs: ExpertInputs | None = added(None, "What the expert is given besides noisy latents and text; null: as its class needs")
-    adapter: AdapterSpec | None = added(None, "The adapter that is trained on a frozen base; null: the network is trained whole")
-
-
-class LatentShape(WireDocument):
-    """The shape of latents of a further bucket."""
-
-    frames: Extent = Field(description="Frames of a latent")
-    height: Extent = Field(description="Height of a latent, in latent pixels")
-    width: Extent = Field(description="Width of a latent, in latent pixels")
-    pixel_frames: Extent = Field(description="Frames of a decoded clip")
-    pixel_height: Extent = Field(description="Height of a decoded clip in pixels")
-    pixel_width: Extent = Field(description="Width of a decoded clip in pixels")
-
-
-Buckets = Annotated[tuple[LatentShape, ...], Field(max_length=63)]
-
-
-class LatentSpec(WireDocument):
-    """Shape and origin of the latents and text embeddings that are trained on.
-
-    A network's latents are (raw - mean) / std per channel, with `mean` and `std` measured on the data.
-    """
-
-    channels: Extent = Field(description="Channels of a latent")
-    frames: Extent = Field(description="Frames of a latent")
-    height: Extent = Field(description="Height of a latent, in latent pixels")
-    width: Extent = Field(description="Width of a latent, in latent pixels")
-    vae: Label = Field(description="Name of the autoencoder that made the latents")
-    pixel_frames: Extent = Field(description="Frames of a decoded clip")
-    pixel_height: Extent = Field(description="Height of a decoded clip in pixels")
-    pixel_width: Extent = Field(description="Width of a decoded clip in pixels")
-    fps: Positive = Field(default=8.0, description="Frames per second of a decoded clip")
-    text_encoder: Label = Field(description="Name of the text encoder that made the embeddings")
-    text_tokens: Extent = Field(description="Tokens of a text embedding")
-    text_width: Extent = Field(description="Numbers per token of a text embedding")
-    pooled_width: Extent = Field(description="Numbers in the pooled text embedding, which the router sees")
-    mean: tuple[Real, ...] = Field(default=(), max_length=4096, description="Mean of the raw latents, per channel; empty: 0")
-    std: tuple[Positive, ...] = Field(
-        default=(), max_length=4096, description="Standard deviation of the raw latents, per channel; empty: 1"
-    )
-
-    text: TextRecipe | None = added(
-        None, "How `text_encoder`, a pipeline, turns captions into tokens; null: it names an encoder whose tokens end in zeros"
-    )
-
-    buckets: Buckets = added((), "Shapes of the data's further buckets; the fields above are those of the first")
-
-    @model_validator(mode="after")
-    def _one_statistic_per_channel(self) -> LatentSpec:
-        if len(self.mean) != len(self.std) or len(self.mean) not in (0, self.channels):
-            raise ValueError("mean and std must both be empty or have one entry per channel")
-        return self
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(channels, frames, height, width) of one latent."""
-        return self.channels, self.frames, self.height, self.width
-
-    def in_bucket(self, number: int) -> LatentSpec:
-        """The spec with the shape of bucket `number`, which has no further buckets; 0 is the first."""
-        shape = dict(self.buckets[number - 1]) if number else {}
-        return self.model_copy(update={**shape, "buckets": ()})
-
-    @property
-    def of_buckets(self) -> tuple[LatentSpec, ...]:
-        """The spec of each bucket."""
-        return tuple(self.in_bucket(number) for number in range(1 + len(self.buckets)))
 
 
 class ShardSpec(WireDocument):
@@ -146,66 +58,6 @@ class ShardSpec(WireDocument):
     def size(self) -> int:
         """Bytes of the training data."""
         return self.data_bytes or self.train.size
-
-
-class TimeSampling(WireDocument):
-    """How a training step draws its time: t = shift*s / (1 + (shift-1)*s), s = sigmoid(N(mean, std)).
-
-    As in Open-Sora 2.0, with the shift of Stable Diffusion 3.
-    """
-
-    mean: Real = Field(default=0.0, description="Mean of the normal distribution before the sigmoid")
-    std: Positive = Field(default=1.0, description="Standard deviation of the normal distribution before the sigmoid")
-    shift: Positive = Field(default=1.0, description="Above 1: more steps at high noise; 1: no shift")
-
-
-class Optimisation(WireDocument):
-    """How every expert is trained."""
-
-    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="Optimiser")
-    learning_rate: Positive = Field(default=1e-3, description="Learning rate after the warm-up")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the optimiser's first moment per step")
-    beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the optimiser's second moment per step")
-    weight_decay: Rate = Field(default=0.0, description="Decoupled weight decay")
-    warmup_steps: Tally = Field(default=20, description="Steps over which the learning rate rises from 0")
-    schedule: Literal["constant", "cosine"] = Field(
-        default="cosine", description="Learning rate after the warm-up: constant, or a cosine to the end of the budget"
-    )
-    gradient_clip: Positive = Field(default=1.0, description="Largest norm of the gradient")
-    batch: Extent = Field(default=16, description="Samples per training step")
-    ema_decay: float = Field(default=0.99, ge=0, lt=1, description="Decay of the weights' moving average per step")
-    text_dropout: Share = Field(default=0.1, description="Share of samples that are trained without text")
-    time: TimeSampling = Field(default=TimeSampling(), description="How the time of a sample is drawn")
-    weighting: LossWeighting | None = added(None, "Weights of the loss by the time of the noise; null: none")
-
-
-class RouterSpec(WireDocument):
-    """The router: a classifier of clusters over (noisy latent, t, pooled text), trained on the natural mixture."""
-
-    hidden: int = Field(default=96, ge=1, le=65536, description="Width of the hidden layers")
-    layers: int = Field(default=3, ge=1, le=1024, description="Number of layers")
-    text_conditioned: bool = Field(default=True, description="Whether the router sees the text")
-    samples: Count = Field(default=6000, description="Samples that the router is trained on")
-    batch: Extent = Field(default=32, description="Samples per training step")
-    learning_rate: Positive = Field(default=2e-3, description="Learning rate")
-
-
-class SamplingSpec(WireDocument):
-    """How the mixture generates clips, in the gallery and by default."""
-
-    mode: Literal["top1", "top2", "full", "sticky"] = Field(
-        default="top1", description="Experts asked per step: the likeliest, the two likeliest, all, or one drawn at the start"
-    )
-    steps: Count = Field(default=25, description="Denoising steps")
-    guidance: Rate = Field(default=3.0, description="Scale of classifier-free guidance; 1: none")
-    time_shift: Positive = Field(default=1.0, description="Shift of the sampler's time steps; above 1: more at high noise")
-    prompts: tuple[Annotated[str, Field(min_length=1, max_length=400)], ...] = Field(
-        default=(), max_length=64, description="Captions of the gallery's clips"
-    )
-    scheduler: SchedulerSpec | None = added(None, "Scheduler that gives the steps; null: Euler steps shifted by `time_shift`")
-    embedded_guidance: Rate | None = added(
-        None, "Guidance that experts with embedded guidance are told; null: that of their training"
-    )
 
 
 def lease_seconds(heartbeat: float) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.status import NodeStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus
 
 NOW = 1_800_000_000.0

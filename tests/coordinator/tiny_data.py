@@ -14,7 +14,7 @@ from lutetia.models.data.parts.writer import write_shard
 from lutetia.models.data.shard_writer import data_file
 from lutetia.models.data.shards import ShardData
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 WORDS = ("red square goes left", "blue square goes right", "green square grows", "white square blinks")
 TOKENS = 4

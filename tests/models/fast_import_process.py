@@ -11,7 +11,7 @@ import_experts()
 import torch  # noqa: E402
 
 from lutetia.models.training.trainer import ExpertTrainer  # noqa: E402
-from lutetia.protocol.schema.manifest import ExpertSpec  # noqa: E402
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec  # noqa: E402
 from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest  # noqa: E402
 
 torch.set_num_threads(1)

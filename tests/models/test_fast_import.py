@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lutetia.models.experts.classes.cogvideox import resized_region
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from tests.child_environment import child_environment
 from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 

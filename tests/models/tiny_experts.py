@@ -10,7 +10,10 @@ import torch
 from lutetia.models.data.shards import ShardData
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, ExpertSpec, LatentSpec, Manifest, Optimisation, ShardSpec
+from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.records import AcceptanceRecord
 
 LATENT = LatentSpec(

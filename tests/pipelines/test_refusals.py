@@ -25,7 +25,9 @@ from lutetia.models.sources.conventions import CONVENTIONS
 from lutetia.models.sources.data_settings import with_pipeline as data_settings
 from lutetia.models.sources.pipeline import open_pipeline
 from lutetia.models.warm_start import find_sources
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Optimisation, SamplingSpec, TimeSampling
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec, TimeSampling
 from lutetia.system.errors import ConfigError, IntegrityError, LutetiaError
 from tests.pipelines.tiny_clips import build_settings, run_settings
 from tests.pipelines.tiny_pipelines import pipeline_folder

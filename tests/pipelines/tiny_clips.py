@@ -12,7 +12,7 @@ from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data.build import BuildReport, build_data
 from lutetia.models.data.build_settings import BuildSettings
-from lutetia.protocol.schema.manifest import Optimisation, SamplingSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec
 from tests.models.data.clip_files import write_video
 from tests.pipelines.tiny_pipelines import FRAMES, PROMPTS, SIZES, pipeline_folder
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lutetia.models.networks.model_ref import ModelRef, fingerprint, hub_errors, parse_ref, read_config
 from lutetia.models.networks.video_autoencoders import ltx_ratios
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import ConfigError
 
 BUILTIN_LATENTS = ("builtin:demo", "pixels")

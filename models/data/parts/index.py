@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import BlobRef, Count, LatentSpec, Tally, first_problem
+from lutetia.protocol.schema.manifest import BlobRef, Count, Tally, first_problem
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 from lutetia.system.files import atomic_path
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from lutetia.models.data.parts.index import METADATA, PartSpec
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import LatentSpec, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 from lutetia.system.files import atomic_path
 

@@ -16,7 +16,7 @@ from lutetia.models.data.parts.index import ShardIndex, is_index, part_path, rea
 from lutetia.models.data.parts.part_file import OpenPart, PartMetadata
 from lutetia.models.data.parts.single_file import SingleFileShard
 from lutetia.models.data.shards import ClipReader, ClipRows, Rows, ShardData, bucket_of, infinite_name
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 
 _MAPPED_BYTES = 256 << 20

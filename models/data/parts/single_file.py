@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from lutetia.models.data.shards import ClipRows, Rows, ShardData, infinite_name
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import LatentSpec, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 
 _NAMES = ["latents", "pooled", "tokens"]

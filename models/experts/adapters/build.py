@@ -8,7 +8,7 @@ from lutetia.models.experts.adapters.base_model import Base, build_base
 from lutetia.models.experts.adapters.inject import add_adapter, reset_adapter
 from lutetia.models.experts.families import build_expert, construct
 from lutetia.models.experts.trained import load_trained, published_tensors
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from lutetia.models.experts.adapters.base_sources import digest_of_file
 from lutetia.models.experts.families import FAMILIES
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
-from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseDtype, BaseSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 
 _WHAT = "base"

@@ -23,7 +23,9 @@ from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.memory.plan import ExpertFacts, KeptBytes
 from lutetia.models.training.optimisers import hidden_matrices, narrow_weights
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 _BITS: dict[str, float] = {"float32": 32, "bfloat16": 16, "fp8": 8.25, "nf4": 4.5}
 """Of a number of an adapter's base, with its scales."""

@@ -10,7 +10,8 @@ from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.checkpoint_checks import published_schema, state_schema
 from lutetia.models.training.memory.activations import expert_facts
 from lutetia.models.training.memory.plan import GB, ladder, memory_need
-from lutetia.protocol.schema.manifest import CheckpointForm, ExpertSpec, Manifest
+from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
 LARGE = 250_000_000
 """Trained numbers from which new runs publish compact checkpoints: 4 GB in the plain form."""

@@ -17,7 +17,7 @@ from lutetia.models.data.build import build_data
 from lutetia.models.data.build_settings import BuildSettings, ClusterSettings
 from lutetia.models.data.cluster.kmeans import smallest_cluster
 from lutetia.models.data.decode.cut import ClipLook
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system.errors import ConfigError, DataError
 from tests.cli.command_runner import failure, lutetia
 from tests.models.data.clip_files import WORDS, look, write_video

@@ -22,7 +22,8 @@ from lutetia.models.experts.families import build_expert
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import ExpertSpec, Optimisation
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, DataError, IdentityError, IntegrityError
 from tests.coordinator.tiny_data import build_tiny, latent_spec

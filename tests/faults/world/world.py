@@ -18,7 +18,9 @@ from lutetia.coordinator.settings import RunSettings, tiny_expert
 from lutetia.models.training.checkpoint_checks import check_state, check_weights
 from lutetia.node.control import ask
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.schema.manifest import AuditPolicy, ExpertSpec, Manifest, Optimisation, Timing
+from lutetia.protocol.schema.manifest import AuditPolicy, Manifest, Timing
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.protocol.schema.ticket import Ticket

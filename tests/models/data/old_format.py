@@ -10,7 +10,7 @@ from safetensors.torch import save
 from lutetia.models.data.parts.single_file import ShardMetadata
 from lutetia.models.data.shards import ShardData
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 
 def write_old_shard(

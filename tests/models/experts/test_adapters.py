@@ -14,7 +14,7 @@ from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.adapters.frozen_linear import FrozenLinear
 from lutetia.models.experts.families import build_expert, call_expert, construct, weight_schema
 from lutetia.models.experts.trained import trained_parameters
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 from tests.models.experts.tiny_base import FILE, adapting, tiny_base
 from tests.models.tiny_experts import CONFIGS, LATENT, WAN, tiny_data

@@ -10,7 +10,7 @@ import torch
 from lutetia.models.experts.classes.registry import FAMILIES, REFUSED
 from lutetia.models.experts.families import build_expert, call_expert, check_fits, position_channels, weight_schema
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 from tests.models.tiny_experts import CONFIGS, LATENT, tiny_data, tiny_manifest
 

@@ -9,8 +9,9 @@ from lutetia.models.experts.loss_weights import loss_weights, weighted_losses
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.capabilities import LOSS_WEIGHTS
-from lutetia.protocol.schema.manifest import Optimisation, needed_capabilities
+from lutetia.protocol.schema.manifest import needed_capabilities
 from lutetia.protocol.schema.model.loss_weighting import LossWeighting
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 T = torch.tensor([0.1, 0.3, 0.5, 0.8], dtype=torch.float64)

@@ -18,7 +18,7 @@ from lutetia.models.experts.objectives import (
     to_velocity,
     velocity,
 )
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
 from tests.models.tiny_experts import WAN
 

@@ -8,8 +8,8 @@ from typing import Any
 from lutetia.models.experts.families import build_expert
 from lutetia.models.tensor_files import write_tensors
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import ExpertSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from tests.models.tiny_experts import WAN
 
 FILE = "diffusion_pytorch_model.safetensors"

@@ -24,7 +24,9 @@ from lutetia.models.mixing.router_training import RouterReport
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.holdout_loss import HoldoutLoss
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, UsageError
 from tests.models.metrics.square_clips import square_clips
 from tests.models.tiny_experts import CONFIGS, accept, tiny_data, tiny_manifest

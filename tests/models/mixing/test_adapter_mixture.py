@@ -26,7 +26,7 @@ from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline import load_pipeline
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.warm_start import find_sources
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError, IntegrityError
 from tests.cli.command_runner import failure, lutetia
 from tests.models.experts.tiny_base import FILE, adapting, tiny_base

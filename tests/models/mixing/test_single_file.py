@@ -16,7 +16,7 @@ from lutetia.models.experts.adapters.single_file import write_single_file
 from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.experts.trained import load_trained, trained_parameters
 from lutetia.models.tensor_files import write_tensors
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 from tests.models.experts.tiny_base import adapting, tiny_base
 from tests.models.tiny_experts import CONFIGS, tiny_data

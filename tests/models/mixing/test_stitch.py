@@ -17,7 +17,8 @@ from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline import load_pipeline
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
-from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 from tests.models.tiny_experts import CONFIGS, LATENT, OWNER, accept, tiny_data, tiny_manifest
 

@@ -15,7 +15,8 @@ from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentShape, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentShape, LatentSpec
 from tests.models.tiny_experts import CONFIGS, OWNER, tiny_data, tiny_manifest
 
 PIXELS = LatentSpec(

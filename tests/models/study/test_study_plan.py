@@ -15,7 +15,8 @@ from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.flops import expert_cost, router_cost
 from lutetia.models.study.plan import StudyPlan, plan_study, planned_latent
-from lutetia.protocol.schema.manifest import ExpertSpec, RouterSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.training_spec import RouterSpec
 from lutetia.system.errors import ConfigError
 from tests.models.tiny_experts import LATENT, WAN
 

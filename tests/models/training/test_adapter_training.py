@@ -15,7 +15,8 @@ from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_moments
 from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import ExpertSpec, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from tests.models.experts.tiny_base import adapting, tiny_base
 from tests.models.tiny_experts import CONFIGS, tiny_data, tiny_manifest
 

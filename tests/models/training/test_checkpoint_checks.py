@@ -15,7 +15,7 @@ from lutetia.models.experts.families import build_expert
 from lutetia.models.training.checkpoint_checks import MAX_HEADER_BYTES, CheckpointMisfit, check_state, check_weights
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 NAME = "blocks.0.attn1.to_q.weight"

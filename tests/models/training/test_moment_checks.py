@@ -15,7 +15,7 @@ from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.holdout_loss import holdout_loss
 from lutetia.models.training.moment_checks import check_lag, check_moments, moment_ratio
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from tests.models.tiny_experts import tiny_data, tiny_manifest
 
 

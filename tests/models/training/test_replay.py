@@ -25,7 +25,7 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.replay import ReplayDoubt, ReplayEnd, ReplayParent, read_trace, replay
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import ExpertSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import IntegrityError
 from tests.child_environment import child_environment

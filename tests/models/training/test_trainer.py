@@ -17,7 +17,7 @@ from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.models.training.muon import Muon, orthogonalise
 from lutetia.models.training.optimisers import LAST_RATE, Ema, ema_decay, hidden_matrices, learning_rate
 from lutetia.models.training.trainer import ExpertTrainer, TrainingDiverged, write_state, write_weights
-from lutetia.protocol.schema.manifest import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system import tether
 from lutetia.system.errors import ConfigError, DataError, IntegrityError
 from tests.child_environment import child_environment

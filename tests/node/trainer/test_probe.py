@@ -22,7 +22,8 @@ from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.loop import answer_probe
 from lutetia.node.trainer.messages import ProbeFinished, RequestFailed
 from lutetia.node.trainer.probe import ProbeQuestion, largest_working, probe, question_digest, unmet_need
-from lutetia.protocol.schema.manifest import ExpertSpec, HardwareNeeds
+from lutetia.protocol.schema.manifest import HardwareNeeds
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
 from tests.node.tiny_run import make_run

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, Optimisation, SignedManifest, open_manifest
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
+from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system.errors import AuthorisationError, ConfigError, LutetiaError
 from tests.protocol.example_documents import NOW, OWNER, STRANGER, manifest
 

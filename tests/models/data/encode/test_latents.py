@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lutetia.models.data.encode.latents import Latents, demo_autoencoder, load_latents
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import ConfigError
 
 TINY: dict[str, Any] = {

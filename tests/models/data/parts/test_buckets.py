@@ -22,7 +22,7 @@ from lutetia.models.training.batches import Batches
 from lutetia.models.training.checkpoint_io import write_state
 from lutetia.models.training.holdout_loss import RowLimits, holdout_loss
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import LatentShape
+from lutetia.protocol.schema.model.latent_spec import LatentShape
 from lutetia.system.errors import ConfigError, DataError, UsageError
 from tests.models.mixing.tiny_mixture import pixel_mixture
 from tests.models.tiny_experts import LATENT, tiny_manifest

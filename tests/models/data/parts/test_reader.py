@@ -18,7 +18,7 @@ from lutetia.models.data.parts.writer import part_bytes, write_shard
 from lutetia.models.data.shards import ClipReader, ShardData
 from lutetia.models.training.batches import Batches
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import LatentSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 from tests.models.data.old_format import write_old_shard
 from tests.models.tiny_experts import LATENT as TINY_LATENT

@@ -12,7 +12,8 @@ from lutetia.models.experts.families import build_expert, call_expert
 from lutetia.models.training.memory.activations import expert_facts
 from lutetia.models.training.memory.plan import GB, ExpertFacts, KeptBytes, MemoryShort, memory_need, plan_memory
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import ExpertSpec, LatentSpec
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from tests.models.tiny_experts import CONFIGS, LATENT, tiny_data, tiny_manifest
 
 ROUGH = {"EasyAnimateTransformer3DModel": 0.12}
