@@ -14,7 +14,8 @@ from lutetia.protocol.light_client.transfer import ArrivingFolder
 from lutetia.protocol.rpc.accepted_checkpoints import ACCEPTED, read_accepted
 from lutetia.protocol.rpc.introduction import MANIFEST
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, BlobRef, open_manifest
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, open_manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.reachability import policy_of

@@ -16,7 +16,8 @@ from pathlib import Path
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.data.parts.index import parts_of
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import IntegrityError
 from lutetia.system.files import disk_errors, write_atomic
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from lutetia.coordinator.addresses import dialled_address, host_port
-from lutetia.protocol.schema.manifest import AuditPolicy, Count, HardwareNeeds, Name, Positive, PublicKey, Timing
+from lutetia.protocol.schema.fields import Count, Name, Positive, PublicKey
+from lutetia.protocol.schema.manifest import AuditPolicy, HardwareNeeds, Timing
 from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec

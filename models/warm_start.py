@@ -20,7 +20,8 @@ from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.schema.identity import Identity, peer_id_of
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec, Timing, lease_seconds
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec, Timing, lease_seconds
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

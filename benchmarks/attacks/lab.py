@@ -31,8 +31,9 @@ from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith

@@ -60,7 +60,7 @@ from lutetia.protocol.rpc.check_request import (
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema import records as r
 from lutetia.protocol.schema.canonical import canonical, read_json
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 
 MOST_LINES = 20
 AUDITOR = examples.OWNER.public_key

@@ -16,7 +16,8 @@ from lutetia.protocol.rpc.introduction import Hello
 from lutetia.protocol.schema import records
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

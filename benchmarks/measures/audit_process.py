@@ -19,7 +19,8 @@ from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_w
 from lutetia.models.training.replay import ReplayEnd, ReplayParent, drift, raw_parameters
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

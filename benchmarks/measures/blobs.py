@@ -19,7 +19,7 @@ from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from lutetia.system.process import die_with_parent
 

@@ -18,7 +18,8 @@ import psutil
 from benchmarks.report import Row
 from lutetia.coordinator.ledger.events import CheckpointAccepted
 from lutetia.coordinator.ledger.log import Ledger
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from tests.faults.world.network_namespaces import Network, network, why_not
 from tests.faults.world.pair import Pair, owner

@@ -21,7 +21,8 @@ from lutetia.models.mixing.router_training import train_router
 from lutetia.models.training.batches import Batches
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

@@ -27,8 +27,10 @@ from lutetia.models.data.parts.index import parts_of
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.fields import Digest, Signature
 from lutetia.protocol.schema.identity import Identity, verify
-from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest, Signature, first_problem
+from lutetia.protocol.schema.manifest import Manifest, first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import AuthorisationError, ConfigError, IntegrityError
 from lutetia.system.files import disk_errors, fsync_folder, make_folder, write_atomic
 

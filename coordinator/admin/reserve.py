@@ -9,7 +9,7 @@ from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.lending.reserve import Reserve, read_reserve
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import ConfigError
 from lutetia.system.files import write_atomic
 

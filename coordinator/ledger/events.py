@@ -29,7 +29,7 @@ from lutetia.protocol.schema.fields import (
     Share,
     Tally,
 )
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CheckName
 

@@ -19,7 +19,7 @@ from lutetia.coordinator.ledger.events import (
 )
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.protocol.claims import ShardView
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.protocol.schema.status import AuditState
 from lutetia.protocol.schema.verdicts import CheckName

@@ -22,7 +22,8 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.check_request import CheckJob, CheckReport
 from lutetia.protocol.schema.identity import peer_id_of
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
 
 _LARGEST_ROUTER = 1 << 28

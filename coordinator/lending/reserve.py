@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import ConfigError
 
 

@@ -29,7 +29,8 @@ from lutetia.coordinator.worker.messages import EpochReplayed, Job, SizesMeasure
 from lutetia.models.data.parts.index import parts_of
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.check_request import MOST_ROWS, CheckJob, CheckReport, ReplayCheck, ResultCheck
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.system.errors import ConfigError, IntegrityError
 

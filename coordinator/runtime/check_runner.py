@@ -34,7 +34,8 @@ from lutetia.protocol.blobs.chunk_table import CHUNK
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.dht_records import read_records
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith, provider_key
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import DIAL_TIMEOUT, Transport

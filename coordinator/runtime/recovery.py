@@ -24,7 +24,7 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import (
     AcceptanceRecord,
     ProviderRecord,

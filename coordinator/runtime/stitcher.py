@@ -25,7 +25,8 @@ from lutetia.coordinator.worker.time_limits import patience_for
 from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
 
 _log = logging.getLogger(__name__)

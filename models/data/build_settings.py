@@ -12,7 +12,7 @@ from lutetia.models.data.decode.pool import CLIP_SECONDS
 from lutetia.models.data.decode.shape import ClipShape
 from lutetia.models.device import Device
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, Extent
+from lutetia.protocol.schema.fields import Count, Extent
 
 MAX_FINE = 1024
 MAX_TOKENS = 512

@@ -12,7 +12,9 @@ from pydantic import Field, ValidationError
 from lutetia.models.data.cluster.report import ClusterReport
 from lutetia.models.data.parts.index import part_path, read_index
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, Count, Name, first_problem
+from lutetia.protocol.schema.fields import Count, Name
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError
 

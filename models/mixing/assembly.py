@@ -20,7 +20,8 @@ from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument
 from lutetia.models.mixing.layout import CONFIG, DEFAULT_SCHEDULER, INDEX, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import digest_of
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.files import disk_errors, replace_folder, write_atomic
 

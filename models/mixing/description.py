@@ -13,7 +13,8 @@ from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
 from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally, added
 from lutetia.protocol.schema.identity import verify
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, ExpertInputs

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from lutetia.models.experts.adapters.lora_file import LORA_FILE
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.pipeline_spec import SchedulerSpec
 from lutetia.protocol.schema.model.training_spec import SamplingSpec

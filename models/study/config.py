@@ -11,7 +11,7 @@ from lutetia.models.data.build_settings import BuildSettings
 from lutetia.models.device import Device
 from lutetia.models.metrics.settings import EvaluatorSettings
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, Name, Positive
+from lutetia.protocol.schema.fields import Count, Name, Positive
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 

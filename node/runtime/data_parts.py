@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from lutetia.models.data.parts.index import MAX_INDEX_BYTES, ShardIndex, read_index
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.schema.manifest import BlobRef, ShardSpec
+from lutetia.protocol.schema.manifest import ShardSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DataError, IntegrityError
 
 log = logging.getLogger(__name__)

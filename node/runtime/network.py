@@ -25,7 +25,8 @@ from lutetia.protocol.joining import coordinator_addresses
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply, offer_checkpoint
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.identity import Identity, public_key_of
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import (
     AcceptanceRecord,
     ClaimRecord,

@@ -16,7 +16,9 @@ from functools import lru_cache
 from itertools import islice
 
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import BlobRef, Digest, lease_seconds
+from lutetia.protocol.schema.fields import Digest
+from lutetia.protocol.schema.manifest import lease_seconds
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import NODE_BUCKETS, AcceptanceRecord, NodeRecord, node_bucket
 
 COPIES_WANTED = 2

@@ -17,7 +17,7 @@ from lutetia.node.runtime.workspace import AcceptedBase, CheckpointDiscarded, Wo
 from lutetia.node.settings import NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError, HardwareError, IntegrityError, LutetiaError, UnreachableError
 from lutetia.system.files import disk_errors, make_folder
 

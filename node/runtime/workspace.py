@@ -27,7 +27,9 @@ from lutetia.node.trainer.checkpoint_folder import (
 )
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import BlobRef, Digest, Manifest
+from lutetia.protocol.schema.fields import Digest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import IntegrityError, LutetiaError
 from lutetia.system.files import disk_errors, write_atomic

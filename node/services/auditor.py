@@ -19,7 +19,7 @@ from lutetia.node.services.borrowing import Borrowing, clean_up, fetch_blob_of, 
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
 from lutetia.protocol.rpc.introduction import software_version
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import TrainedWith
 from lutetia.system.errors import LutetiaError
 

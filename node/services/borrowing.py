@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS
 from lutetia.node.runtime.data_parts import check_index_size
 from lutetia.node.runtime.shell import NodeShell
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 
 T = TypeVar("T")
 

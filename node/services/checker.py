@@ -40,7 +40,7 @@ from lutetia.protocol.rpc.check_request import (
     ask_check,
     sign_check_report,
 )
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
 
 log = logging.getLogger(__name__)

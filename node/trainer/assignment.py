@@ -11,7 +11,7 @@ from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.checkpoint_folder import LocalState
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Digest
+from lutetia.protocol.schema.fields import Digest
 
 EXIT_CODES: dict[Exit, int] = {
     "stopped": 0, "crash": 70, "bad-shard": 12, "hardware": 20, "disk-full": 21, "out-of-memory": 22, "bad-state": 50,

@@ -19,7 +19,8 @@ from pydantic import Field, ValidationError
 
 from lutetia.node.machine.messages import OwnCheckpoint
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import BlobRef, Digest, PublicKey
+from lutetia.protocol.schema.fields import Digest, PublicKey
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
 from lutetia.system.files import write_atomic
 

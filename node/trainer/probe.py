@@ -25,7 +25,8 @@ from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, plan_memory
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Digest, HardwareNeeds, Manifest, SignedManifest
+from lutetia.protocol.schema.fields import Digest
+from lutetia.protocol.schema.manifest import HardwareNeeds, Manifest, SignedManifest
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import LutetiaError
 

@@ -15,7 +15,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BlobServer
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.blobs.worker import DownloadWorker, Progress, Provider, SharedDownload
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.network_origin import origin_of, prefix_of
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError

@@ -11,7 +11,7 @@ from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.stream import BLOB, BlobClient
 from lutetia.protocol.blobs.worker import Provider
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable, chunk_count
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import IntegrityError
 from lutetia.system.files import disk_errors, lock_file
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, ChunkTable, read_chunks
 from lutetia.protocol.blobs.partial import PartialBlob, discard_unheld
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError, IntegrityError
 from lutetia.system.files import disk_errors, fsync_folder, lock_file, make_folder, write_atomic
 

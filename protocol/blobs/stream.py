@@ -17,7 +17,7 @@ from contextlib import aclosing
 from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.blobs.upload_limit import PIECE, STALL_TIMEOUT, AnswerSlot, AnswerSlots, RateLimit
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.network_origin import prefix_of
 

@@ -13,7 +13,7 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.scheduler import DownloadPlan, Span
 from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, BlobRefused
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError
 from lutetia.system.log_limit import LimitedLog

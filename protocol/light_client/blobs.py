@@ -14,7 +14,7 @@ import trio
 from lutetia.protocol.blobs.chunk_table import HASH, ChunkTable, chunk_count
 from lutetia.protocol.light_client.dial import LightStream, dial
 from lutetia.protocol.light_client.transfer import ArrivingFolder, ChunkBatch, Transfers
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import IntegrityError, LutetiaError, UnreachableError
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 import trio
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable, chunk_count
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import IntegrityError, UsageError
 from lutetia.system.files import disk_errors, lock_file, make_folder
 

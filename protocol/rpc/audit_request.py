@@ -7,12 +7,13 @@ replay, and the coordinator compares.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
-from lutetia.protocol.schema.canonical import WireDocument, canonical, read_json
+from lutetia.protocol.rpc.signed_report import open_reporting_request, signed_bytes
+from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import (
     Digest,
     EpochNumber,
@@ -24,8 +25,8 @@ from lutetia.protocol.schema.fields import (
     Signature,
     added,
 )
-from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream, Transport
 
@@ -96,33 +97,14 @@ Admit = Callable[[Stream], AuditAnswer | None]
 """The answer to a peer that must ask later, given before its request is parsed; None lets it in."""
 
 
-def _signed_bytes(report: AuditReport | dict[str, Any]) -> bytes:
-    """`report` as its sender wrote it, with fields of later versions."""
-    return _SIGNING_DOMAIN + canonical(report)
-
-
 def sign_report(report: AuditReport, identity: Identity) -> AuditRequest:
     """The request that carries `report`, signed."""
-    return AuditRequest(owner=identity.public_key, report=report, signature=identity.sign(_signed_bytes(report)))
+    return AuditRequest(owner=identity.public_key, report=report, signature=identity.sign(signed_bytes(_SIGNING_DOMAIN, report)))
 
 
 def open_request(data: bytes, peer_id: str) -> AuditRequest:
-    """Parse a request from `peer_id`.
-
-    Raises RecordRefused: it is malformed, its owner is another peer, or its owner did not sign the report.
-    """
-    try:
-        sent = read_json(data)
-        request = AuditRequest.model_validate_json(canonical(sent), strict=True)
-    except ValidationError as error:
-        raise RecordRefused(f"the request for an audit is malformed: {first_problem(error)}") from error
-    if peer_id_of(request.owner) != peer_id:
-        raise RecordRefused("the owner of an audit request must send it over its own connection")
-    report, signature = request.report, request.signature
-    signed = report and signature and verify(request.owner, _signed_bytes(sent["report"]), signature)
-    if report and (report.owner != request.owner or not signed):
-        raise RecordRefused("the report of an audit is not signed by the peer that sends it")
-    return request
+    """Parse a request from `peer_id`. Raises RecordRefused like `open_reporting_request`."""
+    return open_reporting_request(data, peer_id, AuditRequest, _SIGNING_DOMAIN, "an audit")
 
 
 async def ask_audit(transport: Transport, peer_id: str, request: AuditRequest, addresses: Sequence[str] = ()) -> AuditAnswer:

@@ -6,13 +6,14 @@ One message and one answer per stream, as for audits. A coordinator that lends n
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lutetia.protocol.rpc.audit_request import MAX_STEPS, AuditJob, Drift, Loss
 from lutetia.protocol.rpc.request_response import exchange, serve_exchange
-from lutetia.protocol.schema.canonical import WireDocument, canonical, read_json
+from lutetia.protocol.rpc.signed_report import open_reporting_request, signed_bytes
+from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Digest,
@@ -25,8 +26,8 @@ from lutetia.protocol.schema.fields import (
     Share,
     Signature,
 )
-from lutetia.protocol.schema.identity import Identity, peer_id_of, verify
-from lutetia.protocol.schema.manifest import BlobRef, first_problem
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Stream, Transport
@@ -131,32 +132,14 @@ AdmitCheck = Callable[[Stream], CheckAnswer | None]
 """The answer to a peer that must ask later, given before its request is parsed; None lets it in."""
 
 
-def _signed_bytes(report: CheckReport | dict[str, Any]) -> bytes:
-    return _SIGNING_DOMAIN + canonical(report)
-
-
 def sign_check_report(report: CheckReport, identity: Identity) -> CheckRequest:
     """The request that carries `report`, signed."""
-    return CheckRequest(owner=identity.public_key, report=report, signature=identity.sign(_signed_bytes(report)))
+    return CheckRequest(owner=identity.public_key, report=report, signature=identity.sign(signed_bytes(_SIGNING_DOMAIN, report)))
 
 
 def open_check_request(data: bytes, peer_id: str) -> CheckRequest:
-    """Parse a request from `peer_id`.
-
-    Raises RecordRefused: it is malformed, its owner is another peer, or its owner did not sign the report.
-    """
-    try:
-        sent = read_json(data)
-        request = CheckRequest.model_validate_json(canonical(sent), strict=True)
-    except ValidationError as error:
-        raise RecordRefused(f"the request for a check is malformed: {first_problem(error)}") from error
-    if peer_id_of(request.owner) != peer_id:
-        raise RecordRefused("the owner of a request for a check must send it over its own connection")
-    report, signature = request.report, request.signature
-    signed = report and signature and verify(request.owner, _signed_bytes(sent["report"]), signature)
-    if report and (report.owner != request.owner or not signed):
-        raise RecordRefused("the report of a check is not signed by the peer that sends it")
-    return request
+    """Parse a request from `peer_id`. Raises RecordRefused like `open_reporting_request`."""
+    return open_reporting_request(data, peer_id, CheckRequest, _SIGNING_DOMAIN, "a check")
 
 
 async def ask_check(transport: Transport, peer_id: str, request: CheckRequest, addresses: Sequence[str] = ()) -> CheckAnswer:

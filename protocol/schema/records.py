@@ -31,7 +31,8 @@ from lutetia.protocol.schema.fields import (
     added,
 )
 from lutetia.protocol.schema.identity import Identity, verify
-from lutetia.protocol.schema.manifest import BlobRef, first_problem, lease_seconds
+from lutetia.protocol.schema.manifest import first_problem, lease_seconds
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.ticket import Address
 from lutetia.system.errors import LutetiaError
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.status import NodeStatus, RouterStatus, ShardState, ShardStatus, SwarmStatus

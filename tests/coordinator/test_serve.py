@@ -24,7 +24,7 @@ from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import seal
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import ConfigError, IdentityError, IntegrityError, UnreachableError

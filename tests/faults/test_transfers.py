@@ -18,7 +18,7 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB, BUSY, MAX_STREAMS_PER_PEER, OK
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from lutetia.system import tether

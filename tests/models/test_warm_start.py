@@ -17,7 +17,7 @@ from lutetia.models.training.checkpoint_checks import check_weights
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.warm_start import find_sources, warm
 from lutetia.models.warm_start import write_weights as write_given
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.system.errors import ConfigError, IntegrityError
 from tests.models.tiny_experts import CONFIGS, WAN, tiny_data, tiny_manifest

@@ -7,39 +7,27 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.runs import FAMILIES, TINY
 from lutetia.models.data.shards import ShardData
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.records import AcceptanceRecord
 
-LATENT = LatentSpec(
-    channels=4, frames=4, height=8, width=8, vae="pixels", pixel_frames=4, pixel_height=8, pixel_width=8,
-    text_encoder="builtin:words", text_tokens=5, text_width=16, pooled_width=8,
-)  # fmt: skip
+LATENT = TINY
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel": {
         "patch_size": [1, 4, 4], "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4,
         "text_dim": 16, "freq_dim": 32, "ffn_dim": 48, "num_layers": 1, "rope_max_seq_len": 32,
     },
-    "HunyuanVideoTransformer3DModel": {
-        "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
-        "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 4, "patch_size_t": 1, "guidance_embeds": True,
-        "text_embed_dim": 16, "pooled_projection_dim": 8, "rope_axes_dim": [4, 6, 6],
-    },
-    "LTXVideoTransformer3DModel": {
-        "in_channels": 64, "out_channels": 64, "patch_size": 4, "patch_size_t": 1, "num_attention_heads": 2,
-        "attention_head_dim": 12, "cross_attention_dim": 24, "num_layers": 1, "caption_channels": 16,
-    },
-    "CogVideoXTransformer3DModel": {
-        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
-        "text_embed_dim": 16, "num_layers": 1, "sample_width": 8, "sample_height": 8, "sample_frames": 4, "patch_size": 4,
-        "temporal_compression_ratio": 1, "max_text_seq_length": 5,
-    },
+    "HunyuanVideoTransformer3DModel": FAMILIES["HunyuanVideoTransformer3DModel"],
+    "LTXVideoTransformer3DModel": FAMILIES["LTXVideoTransformer3DModel"],
+    "CogVideoXTransformer3DModel": FAMILIES["CogVideoXTransformer3DModel"],
     "MochiTransformer3DModel": {
         "patch_size": 4, "num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 2, "pooled_projection_dim": 16,
         "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 5,

@@ -10,7 +10,7 @@ from lutetia.node.trainer.checkpoint_folder import CHECKPOINT, FILES, KeptCheckp
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 
 NOTHING = BlobRef(digest="0" * 64, size=0)
 

@@ -20,8 +20,9 @@ from lutetia.node.trainer.messages import StartTraining
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, Timing
 from lutetia.protocol.schema.manifest_upgrade import next_version
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

@@ -7,8 +7,9 @@ from pathlib import Path
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.peerstore import Peerstore
-from lutetia.protocol.schema.manifest import BlobRef, SignedManifest, open_manifest
+from lutetia.protocol.schema.manifest import SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from tests.protocol.example_documents import NOW, OWNER, manifest
 from tests.protocol.power_loss import every_power_loss, needs_strace, record
 

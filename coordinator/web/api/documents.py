@@ -15,11 +15,14 @@ class _Point(Frozen):
     time: float = Field(description="When it happened, in Unix seconds")
 
 
-class AcceptedPoint(_Point):
+class _ResultPoint(_Point):
+    shard: int = Field(description="Index of the shard")
+    epoch: int = Field(description="Epoch of the result")
+
+
+class AcceptedPoint(_ResultPoint):
     """An accepted result."""
 
-    shard: int = Field(description="Index of the shard")
-    epoch: int = Field(description="The accepted epoch")
     samples: int = Field(description="Samples of the shard trained so far, earlier epochs included")
     trained: int = Field(description="Samples of this epoch alone: what its author is credited with")
     loss: float = Field(description="Held-out loss")
@@ -34,11 +37,9 @@ class AcceptedPoint(_Point):
     void: bool = Field(default=False, description="Whether it was rolled back since")
 
 
-class RefusedPoint(_Point):
+class RefusedPoint(_ResultPoint):
     """A result that was refused for good."""
 
-    shard: int = Field(description="Index of the shard")
-    epoch: int = Field(description="The epoch that it would have been")
     owner: str = Field(description="Public key of its author")
     checkpoint: str = Field(description="Digest of the result")
     verdict: str = Field(description="invalid, or inconclusive if it could not be checked")
@@ -46,19 +47,15 @@ class RefusedPoint(_Point):
     text: str = Field(description="Why, in words")
 
 
-class SupersededPoint(_Point):
+class SupersededPoint(_ResultPoint):
     """A result for whose epoch another one was accepted first."""
 
-    shard: int = Field(description="Index of the shard")
-    epoch: int = Field(description="Epoch of the result")
     by: str = Field(description="Digest of the accepted result")
 
 
-class AuditPoint(_Point):
+class AuditPoint(_ResultPoint):
     """A finished audit."""
 
-    shard: int = Field(description="Index of the shard")
-    epoch: int = Field(description="Epoch of the audited result")
     outcome: str = Field(description="What it found")
     text: str = Field(description="Why, in words")
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from lutetia.models.data.decode.cut import ClipLook, Cut
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.manifest import Count, Positive
+from lutetia.protocol.schema.fields import Count, Positive
 
 _SIMILAR = 0.02
 """Difference of the logarithms of two aspect ratios that counts as none."""

@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.manifest import BlobRef, Count, Tally, first_problem
+from lutetia.protocol.schema.fields import Count, Tally
+from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 from lutetia.system.files import atomic_path

@@ -23,7 +23,7 @@ from lutetia.models.data.parts.index import (
 from lutetia.models.data.parts.part_file import PartMetadata, Text, true_length, write_part
 from lutetia.models.data.shards import ShardData, shape_problem
 from lutetia.protocol.blobs.chunk_table import ChunkTable
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError
 

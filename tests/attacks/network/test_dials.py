@@ -21,7 +21,8 @@ from lutetia.protocol.rpc.introduction import serve_introduction
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest, SignedManifest
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import Hardware, NodeRecord, seal
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.dial_policy import DIALS_PER_HOST, FAILING_PER_HOST, DialPolicy

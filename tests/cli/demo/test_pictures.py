@@ -15,7 +15,7 @@ from lutetia.cli.demo.takeover import Takeover
 from lutetia.cli.local.gallery import GalleryRow, compose, wrap, write_clip
 from lutetia.coordinator.ledger.events import BaselineMeasured, CheckpointAccepted
 from lutetia.models.video_files import write_gif, write_mp4
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import UsageError
 from lutetia.system.letters import font

@@ -28,7 +28,8 @@ from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import AuditPolicy, BlobRef, Manifest, ShardSpec, Timing
+from lutetia.protocol.schema.manifest import AuditPolicy, Manifest, ShardSpec, Timing
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation

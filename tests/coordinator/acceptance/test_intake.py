@@ -30,7 +30,8 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from lutetia.system.errors import DiskError, one_error
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, blob, first_event, make_manifest, make_record

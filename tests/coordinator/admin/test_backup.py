@@ -25,7 +25,8 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.recovery import ahead
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import AuthorisationError, ConfigError, DiskError, IntegrityError, LutetiaError
 from tests.coordinator.acceptance.judge_driver import PEERS, START, make_record

@@ -19,7 +19,7 @@ from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.runtime.operator_notes import OperatorNotes
 from lutetia.coordinator.settings import RunSettings
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.errors import ConfigError, UsageError
 from tests.coordinator.acceptance.judge_driver import PEERS, START, JudgeDriver, drive_judge, make_record

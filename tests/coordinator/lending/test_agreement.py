@@ -12,7 +12,7 @@ from lutetia.coordinator.lending.agreement import MOST_REPORTS, ROWS_APART, agre
 from lutetia.coordinator.lending.reports import well_formed
 from lutetia.protocol.rpc.audit_request import AuditJob
 from lutetia.protocol.rpc.check_request import CheckJob, CheckReport, ReplayCheck, ResultCheck
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import TrainedWith
 
 ROWS = tuple(0.5 + row / 20 for row in range(8))

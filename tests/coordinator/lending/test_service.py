@@ -37,7 +37,7 @@ from lutetia.protocol.rpc.check_request import (
     sign_check_report,
 )
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.system.errors import UnreachableError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge, make_manifest, make_record

@@ -33,7 +33,7 @@ from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.tensor_files import write_tensors
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.process import ParentChannel
 from tests.coordinator.scripted_node import until

@@ -19,7 +19,8 @@ from lutetia.coordinator.worker.messages import (
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.trainer import ExpertTrainer
-from lutetia.protocol.schema.manifest import BlobRef, Manifest
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from tests.coordinator.tiny_data import clips
 
 LIMIT = 120.0

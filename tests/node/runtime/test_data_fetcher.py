@@ -14,7 +14,7 @@ from lutetia.node.machine.state import ShardWork
 from lutetia.node.runtime.data_fetcher import AT_ONCE, DataFetcher
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.runtime.trainer_process import TrainerReport
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError
 from tests.node.runtime.test_tasks import NodeSetup
 from tests.node.services.test_auditor import make_shell

@@ -19,7 +19,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, Hardware, NodeRecord, ProviderRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.memory_transport.network import MemoryNetwork

@@ -15,7 +15,7 @@ from lutetia.node.runtime.replication_policy import (
     outdated,
 )
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import Hardware, NodeRecord, NodeState
 
 RUN = "ab" * 32

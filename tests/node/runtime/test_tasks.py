@@ -23,7 +23,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import Hardware
 from lutetia.protocol.schema.ticket import Ticket
 from tests.memory_transport.network import MemoryNetwork

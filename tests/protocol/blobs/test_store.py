@@ -13,7 +13,7 @@ import pytest
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError, IntegrityError
 
 DATA = os.urandom(2 * CHUNK + 12345)

@@ -47,7 +47,7 @@ import json, os, sys
 from pathlib import Path
 from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.light_client.transfer import ArrivingFolder
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
 ticket, folder, path, digest, size, kill_at = json.loads(sys.argv[1])
 ref, seen = BlobRef(digest=digest, size=size), []

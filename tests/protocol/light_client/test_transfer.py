@@ -9,7 +9,7 @@ import pytest
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.light_client.transfer import ArrivingFolder, Transfers
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import IntegrityError, UsageError
 
 DATA = random.Random(3).randbytes(10 * CHUNK + 5)

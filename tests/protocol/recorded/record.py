@@ -25,7 +25,8 @@ from lutetia.protocol.schema import records as r
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.ledger_head import SignedHead
-from lutetia.protocol.schema.manifest import AuditPolicy, BlobRef, HardwareNeeds, Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.manifest import AuditPolicy, HardwareNeeds, Manifest, ShardSpec, SignedManifest, Timing
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec

@@ -12,7 +12,7 @@ from lutetia.models.data.parts.order import next_uses, parts_used, to_fetch
 from lutetia.models.data.parts.reader import PartedShard, open_shard
 from lutetia.models.data.parts.writer import part_bytes, write_shard
 from lutetia.models.training.batches import Batches
-from lutetia.protocol.schema.manifest import BlobRef
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DataError
 from tests.models.tiny_experts import LATENT, tiny_data, tiny_manifest
 
