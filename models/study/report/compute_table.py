@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from lutetia.models.metrics.stats.intervals import Figure
+from lutetia.models.study.report.markdown import table
 from lutetia.models.study.report.multiplier import (
     LOSS,
     Multiplier,
@@ -18,13 +17,12 @@ from lutetia.models.study.report.multiplier import (
 )
 from lutetia.models.study.results import StudyResults, curve, main_distance
 
-Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 OPPONENTS = {"monolith": "the monolith", "small-batch": "the small batch", "root-rate": "the monolith at √K times the rate"}
 """The arms that the mixture must be compared with at the whole budget, by the words of the table."""
 
 
-def compute_section(results: StudyResults, table: Table) -> str:
-    """The section, or "" as long as no arm has a curve. `table` makes a Markdown table of a head and rows."""
+def compute_section(results: StudyResults) -> str:
+    """The section, or "" as long as no arm has a curve."""
     name = main_distance(results)
     if len(curve(results, "mixture", name)) < 2:
         return ""
@@ -40,7 +38,7 @@ def compute_section(results: StudyResults, table: Table) -> str:
         f"95 %: by {name} over clips and seeds, by held-out loss over seeds.",
         table(head, rows),
     ]
-    return "\n\n".join([*lines, *_notes(results, table, name)])
+    return "\n\n".join([*lines, *_notes(results, name)])
 
 
 def _arms(results: StudyResults) -> dict[str, str]:
@@ -68,10 +66,10 @@ def _multiplier(found: Multiplier | None) -> str:
     return f"**{mark}{found.figure}**" + (" (by slope)" if found.by_slope else "")
 
 
-def _notes(results: StudyResults, table: Table, name: str) -> list[str]:
+def _notes(results: StudyResults, name: str) -> list[str]:
     notes = []
     if results.outside:
-        notes.append(_outside(results, table, name))
+        notes.append(_outside(results, name))
     if text := _two(results, name):
         notes.append(text)
     if found := isolation(results):
@@ -82,7 +80,7 @@ def _notes(results: StudyResults, table: Table, name: str) -> list[str]:
     return notes
 
 
-def _outside(results: StudyResults, table: Table, name: str) -> str:
+def _outside(results: StudyResults, name: str) -> str:
     rows = [
         [arm, str(each.seed), each.prompts, str(each.clips), f"{each.distance:.0f}", f"{each.loss:.3f}"]
         for arm, readings in results.outside.items()

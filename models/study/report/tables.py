@@ -9,13 +9,14 @@ from lutetia.models.metrics.routing import loss_table
 from lutetia.models.study.config import StudyConfig
 from lutetia.models.study.evaluation import EvaluatedReading
 from lutetia.models.study.report.compute_table import compute_section
+from lutetia.models.study.report.markdown import table
 from lutetia.models.study.results import PAPER, StudyResults, curve, entry, headline_ratio, main_distance, specialisation
 from lutetia.models.study.trainings import Reading, Training
 
 
 def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence[str] = ()) -> str:
     """The whole page. `pictures` and `sheets` (the contact sheet of each cluster) are files beside it."""
-    parts = [f"# Study {results.name}", _setting(results), compute_section(results, table), _headline(results)]
+    parts = [f"# Study {results.name}", _setting(results), compute_section(results), _headline(results)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [
         _rivals(results),
@@ -29,12 +30,6 @@ def report(results: StudyResults, pictures: Sequence[str] = (), sheets: Sequence
     parts += [f"![what is in a cluster]({name})" for name in sheets]
     parts.append(_left_out(results))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
-    return "\n".join(lines)
 
 
 def _setting(results: StudyResults) -> str:
