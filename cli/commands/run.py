@@ -92,8 +92,8 @@ def upgrade(
 ) -> None:
     """Sign a new version of the manifest. The coordinator and all peers adopt it while they run.
 
-    What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, allowlist,
-    coordinators, valid_days.
+    What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, card.*,
+    allowlist, coordinators, needs, valid_days.
     """
     from lutetia.coordinator.admin.upgrade import upgrade_run
     from lutetia.coordinator.run_folder import RunFolder as Folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,12 @@ def test_every_part_gives_figures_on_a_cpu(tmp_path: Path) -> None:
     assert found["tolerances", FIGURES["tolerances"]] < 0.01
     table = (tmp_path / TABLE).read_text()
     assert all(f"| {part} | {what} |" in table for part, what in FIGURES.items())
+
+
+def test_page_lists_the_parts_in_their_order_with_their_limits() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) s \|", page, re.MULTILINE)
+    assert rows == [(part.name, f"{part.seconds:.0f}") for part in PARTS]
 
 
 def hangs(site: Site) -> None:

@@ -11,7 +11,7 @@ from lutetia.cli.study import stages
 from lutetia.coordinator.acceptance import audit_comparison as bounds
 from lutetia.coordinator.acceptance import loss_bounds
 from lutetia.coordinator.acceptance.audit_comparison import secret_steps
-from lutetia.coordinator.acceptance.intake.rate_limits import Admission
+from lutetia.coordinator.acceptance.intake.rate_limits import LOAN_FACTOR, Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.run_state import HISTORY
 from lutetia.coordinator.ledger.status_builder import NODES_SHOWN
@@ -46,7 +46,10 @@ FIGURES: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
         ("the last {} accepted epochs of each shard", (HISTORY,)),
         ("last `kept_states` ({})", (SERVE.kept_states,)),
         ("spaces their requests to {} a second", (counted(RULES.asks_per_second),)),
-        ("within a minute, or it is not brought back within {} (an hour", (counted(RULES.audit_loan / 60),)),
+        (
+            "within a minute, or it is not brought back within {} (a whole epoch: within {} times what its author took",
+            (counted(RULES.audit_loan / 60), counted(LOAN_FACTOR)),
+        ),
     ],
     "threat-model.md": [
         (
