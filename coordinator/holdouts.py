@@ -1,4 +1,4 @@
-"""The held-out clips of a run, which only its coordinator reads.
+"""The held-out clips of a run, which only its coordinator reads unless it lends its checks.
 
 They lie in a store of their own that is never served; the manifest's digests commit to them. Who trained on them could make an
 epoch that no honest epoch after it equals, so noise and times of each score are secret, too.

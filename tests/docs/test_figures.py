@@ -11,6 +11,7 @@ from lutetia.cli.study import stages
 from lutetia.coordinator.acceptance import audit_comparison as bounds
 from lutetia.coordinator.acceptance import loss_bounds
 from lutetia.coordinator.acceptance.audit_comparison import secret_steps
+from lutetia.coordinator.acceptance.intake import newcomer_holds
 from lutetia.coordinator.acceptance.intake.rate_limits import LOAN_FACTOR, Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.run_state import HISTORY
@@ -19,17 +20,23 @@ from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.connections import LIMITS as HTTP
 from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS
 from lutetia.models.study.config import Control
+from lutetia.node.machine.claiming import WAVE
+from lutetia.node.machine.state import NodeRules
+from lutetia.node.pacing import LOCAL_COST_SHARE
 from lutetia.node.services.standby_policy import CHANGING, STEADY
+from lutetia.node.trainer.assignment import LOCAL_BYTES_PER_DAY
+from lutetia.node.trainer.loop import DATA_SECONDS
 from lutetia.protocol.blobs.holder_proofs import PROVED_SECONDS
 from lutetia.protocol.peerstore import MAX_PEERS, PER_HOST
 from lutetia.protocol.schema.canonical import MOST_UNKNOWN_FIELDS
 from lutetia.protocol.schema.manifest import AuditPolicy, Timing
+from lutetia.protocol.schema.records import MAX_QUARANTINED
 from lutetia.protocol.stalled_claims import IDLE, SLOWEST
 from lutetia.protocol.transport import dial_policy, idle_connections, inbound_limits
 from lutetia.protocol.transport.hivemind.dht import ip_diversity, lookup, node, record_quota, rpc_server
 from tests.test_docs import DOCS, ROOT
 
-RULES, AUDIT, MANIFEST, SERVE = JudgeRules, AuditPolicy(), Timing(), ServeSettings()
+RULES, NODE, AUDIT, MANIFEST, SERVE = JudgeRules, NodeRules, AuditPolicy(), Timing(), ServeSettings()
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -97,6 +104,25 @@ FIGURES: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
         ("claim without work protects for {} tenures, one with invented progress for", (counted(IDLE),)),
         ("watch each shard, however many there are", ()),
         ("the {:.0f} % quantile of t", (100 * loss_bounds.CONFIDENCE,)),
+        ("or larger than the tolerance again, at least {:.0f} %", (100 * loss_bounds.WIDEST,)),
+        ("a check scores what fits, at least {} rows", (loss_bounds.FEWEST_ROWS,)),
+        ("tenures, one with invented progress for {}", ("twenty-four" if SLOWEST == 24 else SLOWEST,)),
+        ("at most {} epochs ahead;** with one that answers, {}.", (NODE.max_ahead, counted(NODE.max_pending))),
+        ("overtaken {} times in a row gives the shard up", (counted(NODE.max_pending + 1),)),
+        ("cannot judge {} times in a row", (counted(NODE.unjudged_limit),)),
+        ("A newcomer looks at {} shards", ("sixteen" if WAVE == 16 else WAVE,)),
+        ("waited {} minutes for a part ends", (counted(DATA_SECONDS / 60),)),
+        (
+            "at most as often as costs {:.0f} % of the time, and {:.0f} GB a day",
+            (100 * LOCAL_COST_SHARE, LOCAL_BYTES_PER_DAY / 1e9),
+        ),
+        ("{} epochs of others are accepted at once", (counted(newcomer_holds.BUILT_AT_ONCE).capitalize(),)),
+        ("then twice as long each time, up to {}", (counted(newcomer_holds.LONGEST_HOLD),)),
+        ("of the {} epochs that can be audited or rolled back to, states of the last {}", (HISTORY, counted(SERVE.kept_states))),
+        ("Beyond the {} newest that a quarantine record holds", (MAX_QUARANTINED,)),
+        ("asked again after {:.0f} minutes", (PROVED_SECONDS / 60,)),
+        ("come in at one a second after the first {}", (ip_diversity.NEWCOMERS_AT_ONCE,)),
+        ("and {} silent names cost the peer", (counted(lookup.SILENT_ALLOWED),)),
     ],
     "compatibility.md": [("{} in one table, names of letters", (MOST_UNKNOWN_FIELDS,))],
 }
