@@ -22,6 +22,8 @@ LOSS = "held-out loss"
 Bound = Literal["", "at least", "at most"]
 Series = Sequence[tuple[float, float]]
 """(FLOPs, distance or loss), by rising FLOPs; lower is better."""
+LEAST_SLOPE = 0.01
+"""A curve that falls by less than 0.7 % when the FLOPs double tells nothing of what a ratio is worth in FLOPs."""
 
 
 class Multiplier(Frozen):
@@ -76,7 +78,8 @@ def multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | Non
     """The multiplier of `arm` by `metric`; None if one of the two sides has no curve of two points.
 
     The interval of a distance covers clips and seeds: that of the ratio at the whole budget, which pairs the clips of both sides,
-    to the power 1 / slope. That of the loss covers seeds only, as both sides are scored on the same clips and noise.
+    to the power 1 / slope; there is none if the mixture's curve is flatter than LEAST_SLOPE. That of the loss covers seeds
+    only, as both sides are scored on the same clips and noise.
     """
     first, second = (_by_seed(curve(results, side, main_distance(results)), metric) for side in (arm, "mixture"))
     pairs = list(zip(first, second, strict=False))
@@ -91,7 +94,7 @@ def multiplier(results: StudyResults, arm: str, metric: str) -> Multiplier | Non
     ratio = final_ratio(results, arm) if metric != LOSS else None
     if ratio is not None:
         steepness = slope(_mean_curve(results, metric))
-        figure = _widened(mean, ratio, steepness) if steepness > 0 else plain(mean, ratio.n, ratio.seeds)
+        figure = _widened(mean, ratio, steepness) if steepness > LEAST_SLOPE else plain(mean, ratio.n, ratio.seeds)
     else:
         figure = _over_seeds(values, seeds, results.config["evaluation"]["curve_clips"])
     return Multiplier(arm=arm, metric=metric, figure=figure, by_seed=values, bound=bounds[0] if bounds else "")
@@ -101,9 +104,9 @@ def outside_multiplier(results: StudyResults, arm: str, metric: str) -> Multipli
     """The multiplier of an arm without a curve: final figure over the mixture's of the same seed and clips, by the slope."""
     steepness = _mean_curve(results, metric)
     ratios = outside_ratios(results, arm, metric)
-    if len(steepness) < 2 or slope(steepness) <= 0 or not ratios:
+    if len(steepness) < 2 or slope(steepness) <= LEAST_SLOPE or not ratios:
         return None
-    values: tuple[float, ...] = tuple(ratio ** (1 / slope(steepness)) for ratio in ratios.values())
+    values: tuple[float, ...] = tuple(_in_flops(ratio, slope(steepness)) for ratio in ratios.values())
     clips = results.config["evaluation"]["clips"]
     return Multiplier(arm=arm, metric=metric, figure=_over_seeds(values, tuple(ratios), clips), by_seed=values, by_slope=True)
 
@@ -227,8 +230,13 @@ def _over_seeds(values: Sequence[float], seeds: tuple[int, ...], clips: int) -> 
 
 
 def _widened(value: float, ratio: Figure, steepness: float) -> Figure:
-    low, high = (value * (max(end, 1e-9) / ratio.value) ** (1 / steepness) for end in (ratio.low, ratio.high))
+    low, high = (value * _in_flops(max(end, 1e-9) / ratio.value, steepness) for end in (ratio.low, ratio.high))
     return ratio.model_copy(update={"value": value, "low": low, "high": high})
+
+
+def _in_flops(ratio: float, steepness: float) -> float:
+    """ratio ** (1 / steepness); stops short of infinity, where float's own power raises."""
+    return math.exp(min(math.log(ratio) / steepness, 700.0))
 
 
 def _seeds(results: StudyResults, arm: str) -> tuple[int, ...]:

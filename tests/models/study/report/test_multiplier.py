@@ -17,7 +17,7 @@ from lutetia.models.study.report.multiplier import (
     slope,
 )
 from lutetia.models.study.report.tables import report
-from lutetia.models.study.results import StudyResults
+from lutetia.models.study.results import StudyResults, curve
 
 UNION = Path(__file__).parents[4] / "docs" / "results" / "union"
 
@@ -76,6 +76,29 @@ def test_multiplier_of_the_union_agrees_with_its_curves(union: StudyResults) -> 
     assert small.by_slope
     assert small.figure.low < 1 < small.figure.high
     assert multiplier(union, "root-rate", "FVD") is None
+
+
+@pytest.mark.parametrize("fall", [0.0, 1e-7, 1e-3, 0.01, 0.05])
+def test_curve_that_hardly_falls_gives_a_page(union: StudyResults, fall: float) -> None:
+    """The mixture's distance falls by a share `fall` from its first to its last point; a power of 1 / slope overflows."""
+    points = curve(union, "mixture", "FVD")
+    by_epoch = {point.epoch: 500 * (1 - fall * math.log(point.flops / points[0].flops)) for point in points}
+    evaluated = {}
+    for name, each in union.evaluated.items():
+        is_flat = each.reading.training.startswith("headline-mixture") and each.reading.epoch in by_epoch
+        entries = [
+            one.model_copy(update={"figure": one.figure.model_copy(update={"value": by_epoch[each.reading.epoch]})})
+            if is_flat and one.name == "FVD"
+            else one
+            for one in each.entries
+        ]
+        evaluated[name] = each.model_copy(update={"entries": tuple(entries)})
+    flat = union.model_copy(update={"evaluated": evaluated})
+    assert "What the mixture is worth" in report(flat, [], [])
+    found = multiplier(flat, "monolith", "FVD")
+    assert found
+    assert (found.figure.method == "none") == (fall < 0.01)
+    assert found.figure.low <= found.figure.value <= found.figure.high
 
 
 def test_isolation_divides_random_clusters_by_both_sides(union: StudyResults) -> None:
