@@ -11,11 +11,12 @@ from lutetia.cli.study import stages
 from lutetia.coordinator.acceptance import audit_comparison as bounds
 from lutetia.coordinator.acceptance import loss_bounds
 from lutetia.coordinator.acceptance.audit_comparison import secret_steps
-from lutetia.coordinator.acceptance.intake import newcomer_holds
-from lutetia.coordinator.acceptance.intake.rate_limits import LOAN_FACTOR, Admission
+from lutetia.coordinator.acceptance.intake import fetch_queue, newcomer_holds, rate_limits
+from lutetia.coordinator.acceptance.intake.rate_limits import LOAN_FACTOR
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.ledger.run_state import HISTORY
 from lutetia.coordinator.ledger.status_builder import NODES_SHOWN
+from lutetia.coordinator.lending.agreement import ROWS_APART
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.connections import LIMITS as HTTP
 from lutetia.models.data.decode.pool import CLIP_MEMORY, CLIP_SECONDS
@@ -26,14 +27,18 @@ from lutetia.node.pacing import LOCAL_COST_SHARE
 from lutetia.node.services.standby_policy import CHANGING, STEADY
 from lutetia.node.trainer.assignment import LOCAL_BYTES_PER_DAY
 from lutetia.node.trainer.loop import DATA_SECONDS
+from lutetia.protocol.blobs import upload_limit
 from lutetia.protocol.blobs.holder_proofs import PROVED_SECONDS
+from lutetia.protocol.blobs.stream import MAX_STREAMS_PER_PREFIX
 from lutetia.protocol.peerstore import MAX_PEERS, PER_HOST
+from lutetia.protocol.rpc.introduction import OLDEST_PROTOCOL, PROTOCOL_VERSION
 from lutetia.protocol.schema.canonical import MOST_UNKNOWN_FIELDS
-from lutetia.protocol.schema.manifest import AuditPolicy, Timing
+from lutetia.protocol.schema.manifest import AuditPolicy, Manifest, Timing
 from lutetia.protocol.schema.records import MAX_QUARANTINED
 from lutetia.protocol.stalled_claims import IDLE, SLOWEST
 from lutetia.protocol.transport import dial_policy, idle_connections, inbound_limits
 from lutetia.protocol.transport.hivemind.dht import ip_diversity, lookup, node, record_quota, rpc_server
+from lutetia.system.log_limit import MOST_SOURCES
 from tests.test_docs import DOCS, ROOT
 
 RULES, NODE, AUDIT, MANIFEST, SERVE = JudgeRules, NodeRules, AuditPolicy(), Timing(), ServeSettings()
@@ -99,6 +104,26 @@ FIGURES: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
         ("asked again after {:.0f} minutes", (PROVED_SECONDS / 60,)),
         ("a limit of memory ({:.0f} GiB) and a deadline ({:.0f} s)", (CLIP_MEMORY / 1024, CLIP_SECONDS)),
         ("at most by the tolerance, or by {:.0f} % of the loss", (100 * loss_bounds.WIDEST,)),
+        ("a newcomer's first {} epochs are replayed whole", (counted(newcomer_holds.NEWCOMER_EPOCHS),)),
+        ("beyond {} epochs of others on such an epoch results are held", (counted(newcomer_holds.BUILT_AT_ONCE),)),
+        ("for one tenure, two, four, then {} each", (counted(newcomer_holds.LONGEST_HOLD),)),
+        ("on a shard within {} tenures", (newcomer_holds.PROBATION_TENURES,)),
+        ("for a tenure, two, four, up to {};", (newcomer_holds.LONGEST_PROBATION,)),
+        ("{} dials at a time, one at each host", (counted(rate_limits.DIALS_AT_ONCE),)),
+        ("({} results for each refused one)", (counted(fetch_queue.ACCEPTED_PER_REFUSAL),)),
+        ("until {} minutes have passed or a result of it was accepted", (counted(fetch_queue.FORGIVEN_AFTER / 60),)),
+        ("keeps its place for up to {} minutes while it trickles", (counted(fetch_queue.LONG_FETCH / 60),)),
+        ("{} lines a minute in all", (MOST_SOURCES + 1,)),
+        ("an answer of {:.0f} seconds or more gives way", (upload_limit.HELD_SECONDS,)),
+        ("others wait {} seconds for their turn", (counted(upload_limit.TURN_TIMEOUT),)),
+        ("is still shared by up to {}: set `upload_rate`", (upload_limit.MAX_STREAMS,)),
+        ("a liar moves losses by up to {:.1f} %, a quarter of the usual tolerance", (100 * ROWS_APART,)),
+    ],
+    "faults.md": [
+        ("at most {} epochs ahead", (NodeRules.max_ahead,)),
+        ("after {} such rounds it is on standby for ten leases", (counted(NodeRules.unjudged_limit),)),
+        ("no report for {:.0f} s", (NodeRules.hang_after,)),
+        ("this node {} to {}; install the matching version", (OLDEST_PROTOCOL, PROTOCOL_VERSION)),
     ],
     "decisions.md": [
         ("claim without work protects for {} tenures, one with invented progress for", (counted(IDLE),)),
@@ -140,7 +165,23 @@ def test_standbys_per_shard_are_as_decided() -> None:
 
 
 def test_undecided_results_of_one_origin_are_eight() -> None:
-    assert Admission()._undecided == 8, "threat-model.md: 8 undecided results"
+    assert rate_limits.Admission()._undecided == 8, "threat-model.md: 8 undecided results"
+
+
+def test_shares_of_the_threat_model_are_those_of_the_code() -> None:
+    assert 2 * MAX_STREAMS_PER_PREFIX == upload_limit.MAX_STREAMS, "one prefix gets half of the blob places"
+    tolerance = Manifest.model_fields["holdout_tolerance"].default
+    assert tolerance == 4 * ROWS_APART, "a liar moves losses by a quarter of the tolerance"
+
+
+def test_budgets_of_the_benchmarks_are_those_that_the_code_prints() -> None:
+    page = (DOCS / "benchmarks.md").read_text()
+    shown = dict(re.findall(r"^\| ([^|]+?) \| [^|]*\| [^|]*\| [^|]*\| ([≤≥] [^|]+?) \|", page, re.MULTILINE))
+    for name in ("blobs", "overhead"):
+        code = (ROOT / "benchmarks" / "measures" / f"{name}.py").read_text()
+        budgets = re.findall(r"Row\.of\(\"([^\"]+)\",.*?\"([≤≥] [^\"]+)\"", code)
+        assert budgets
+        assert budgets == [(what, shown.get(what)) for what, _ in budgets]
 
 
 def test_table_of_bounds_is_that_of_the_audits() -> None:
