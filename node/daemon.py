@@ -81,7 +81,10 @@ def _identity(settings: NodeSettings) -> Identity:
     if new:
         log.info("this node is %s; its secret key is %s", identity.peer_id, path)
         log.info("back it up with `lutetia identity export FILE`: without the key the node's identity and its record are lost")
-        log.info("other peers see its addresses, device, speed, software version and checkpoints; nothing else is sent")
+        log.info(
+            "other peers see its addresses, device, speed, software version, what it works on, and what it made or checked for "
+            "the run; nothing else is sent"
+        )
         log.info(
             "stop with Ctrl-C or `lutetia finish` (finishes the current checkpoint), `lutetia pause --for 2h`, `lutetia leave`"
         )

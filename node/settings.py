@@ -136,7 +136,9 @@ class NodeSettings(BaseSettings):
     hang_after: float = Field(
         default=300.0, ge=1, description="Seconds without a report after which the trainer is restarted; slow devices get more"
     )
-    audits: bool = Field(default=True, description="Replay epochs of other peers for the coordinator while the node has no shard")
+    audits: bool = Field(
+        default=True, description="Replay epochs and carry out lent checks for the coordinator while the node has no shard"
+    )
     operator: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the node's operator, 64 hexadecimal digits"
     )
