@@ -127,6 +127,16 @@ class RunFolder:
         return self.root / "gallery"
 
     @property
+    def galleries(self) -> Path:
+        """The galleries of this and earlier mixtures, by digest, and training clips that fit the prompts."""
+        return self.root / "galleries"
+
+    @property
+    def sheets(self) -> Path:
+        """Contact sheets of the shards' training clips, `NNN.png`; older runs have none."""
+        return self.root / "sheets"
+
+    @property
     def status(self) -> Path:
         return self.root / "status.json"
 

@@ -152,6 +152,7 @@ class Service:
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery and not self.lender,
+            self.settings.gallery_bytes,
         )  # fmt: skip
         self.audit_service = AuditService(
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None

@@ -224,6 +224,11 @@ class ServeSettings(_Settings):
     )
     refresh_seconds: Positive = Field(default=60.0, description="Least seconds between two mixtures before the end")
     gallery: bool = Field(default=True, description="Sample the manifest's prompts from each mixture")
+    gallery_bytes: Count = Field(
+        default=512 << 20,
+        description="Most bytes of galleries that are kept, one per mixture; when they have more, those between the nearest "
+        "neighbours in time go first, and the newest stays",
+    )
     exit_when_done: bool = Field(default=False, description="Exit when all budgets are done and the last mixture is made")
     recover: bool = Field(
         default=False, description="Add acceptances that the ledger has lost from the DHT, instead of refusing to start"

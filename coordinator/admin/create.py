@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from lutetia.coordinator.admin.base import keep_base, with_base
 from lutetia.coordinator.admin.pipeline_settings import pipeline_needs, with_pipeline
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.galleries import copy_sheets
 from lutetia.coordinator.holdouts import holdout_store
 from lutetia.coordinator.ledger.events import RunCreated
 from lutetia.coordinator.ledger.log import Ledger
@@ -239,6 +240,7 @@ def _fill(
     for shard in description.shards:
         _import(served, data, shard.train)
         _import(holdouts, data, shard.holdout)
+    copy_sheets(data, run.sheets)
     write_atomic(run.manifest, SignedManifest.sign(manifest, owner).to_bytes())
     write_atomic(run.endpoint, canonical(endpoint))
     write_atomic(run.ticket, ticket.encode().encode() + b"\n")

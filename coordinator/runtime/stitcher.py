@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lutetia.coordinator.galleries import REAL, keep_gallery
 from lutetia.coordinator.holdouts import data_files, holdout_files
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
-from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed
 from lutetia.coordinator.worker.messages import RouterReady, SampleGallery, StitchMixture, TrainRouter
 from lutetia.coordinator.worker.time_limits import patience_for
 from lutetia.models.mixing.description import read_mixture
@@ -61,6 +62,7 @@ class Stitcher:
         now: Unix seconds.
         when: after acceptances, at most every `refresh_seconds` ("refresh"), or once when all budgets are done ("end").
         gallery: sample the manifest's prompts from each mixture.
+        gallery_bytes: most bytes of the galleries of earlier mixtures.
     """
 
     folder: RunFolder
@@ -73,6 +75,7 @@ class Stitcher:
     when: Literal["refresh", "end"]
     refresh_seconds: float
     gallery: bool
+    gallery_bytes: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _last: float = float("-inf")
 
@@ -153,9 +156,13 @@ class Stitcher:
     async def _sample(self) -> None:
         """A failure is only logged: the mixture is complete without its gallery."""
         try:
-            job = SampleGallery(mixture=self.folder.mixture, out=self.folder.gallery)
+            job = SampleGallery(
+                mixture=self.folder.mixture, out=self.folder.gallery, train=tuple(data_files(self.folder, self.manifest)),
+                real=self.folder.galleries / REAL,
+            )  # fmt: skip
             await self.worker.ask(job, limit=_GALLERY_PATIENCE)
-        except (WorkerFailed, WorkerRefused) as error:
+            await asyncio.to_thread(keep_gallery, self.folder, self.gallery_bytes)
+        except LutetiaError as error:
             _log.warning("could not sample the gallery: %s", error)
 
 

@@ -215,11 +215,16 @@ class GallerySampled(_Line):
 
 
 class SampleGallery(Job[GallerySampled]):
-    """Sample the manifest's prompts from the mixture and replace the folder `out`."""
+    """Sample the manifest's prompts from the mixture and replace the folder `out`.
+
+    `real` gets the training clip of `train` (a file per shard) that fits each prompt best, unless it has those already.
+    """
 
     job: Literal["gallery"] = "gallery"
     mixture: Path
     out: Path
+    train: tuple[Path, ...] = ()
+    real: Path | None = None
 
 
 AnyJob = Annotated[

@@ -6,12 +6,9 @@ ends the process, and the coordinator starts a new one.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -51,13 +48,11 @@ from lutetia.coordinator.worker.messages import (
 from lutetia.models.experts.adapters.base_sources import BASE_FILE, read_paths
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, LutetiaError
-from lutetia.system.files import replace_folder
 from lutetia.system.process import ParentChannel, give_way
 
 if TYPE_CHECKING:
     from lutetia.models.data.shards import ClipReader
 
-_GALLERY_PIXELS = 128  # small clips are enlarged to about this side
 _MOST_HOLDOUTS = 16
 LEAN = ("checking", "auditing", "proving", "proving-parents")
 """Worker processes with these names never load a text encoder, and start in half the time."""
@@ -250,16 +245,9 @@ class WorkerProcess:
 
     def gallery(self, job: SampleGallery) -> GallerySampled:
         """Each prompt is sampled from its own fixed noise."""
-        from lutetia.models.pipeline import load_pipeline
-        from lutetia.models.video_files import to_uint8
+        from lutetia.coordinator.worker.gallery import sample_gallery
 
-        pipeline = load_pipeline(job.mixture, experts_in_memory=2, hub=True, base=self._base)  # the run's owner named the models
-        if self.device != "cpu":
-            pipeline.to(self.device)
-        prompts = list(self.manifest.sampling.prompts)
-        frames, _ = pipeline(prompts, seed=0, return_dict=False)
-        write_gallery(job.out, prompts, to_uint8(frames), pipeline.fps)
-        return GallerySampled(clips=len(prompts))
+        return sample_gallery(job, self.manifest, self.device, self._base)
 
     def _holdout(self, path: Path) -> ClipReader:
         from lutetia.models.data.parts.reader import open_shard
@@ -269,28 +257,6 @@ class WorkerProcess:
                 self._holdouts.clear()
             self._holdouts[path] = open_shard(path, self.manifest.latent)
         return self._holdouts[path]
-
-
-def write_gallery(out: Path, prompts: list[str], frames: Any, fps: float) -> None:
-    """One GIF per prompt from uint8 `frames` [N, F, H, W, 3], and `gallery.json` that names them."""
-    from PIL import Image
-
-    from lutetia.models.video_files import write_gif
-
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
-    try:
-        clips = []
-        for index, (prompt, clip) in enumerate(zip(prompts, frames, strict=True)):
-            factor = max(1, _GALLERY_PIXELS // max(clip.shape[1:3]))
-            pictures = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), 0) for frame in clip]
-            file = f"{index:03d}.gif"
-            write_gif(pictures, part / file, fps, shared_palette=False)
-            clips.append({"prompt": prompt, "file": file, "seed": index})
-        (part / "gallery.json").write_text(json.dumps({"clips": clips}, indent=1, ensure_ascii=False))
-        part.chmod(0o755)
-        replace_folder(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def resolved_device(wanted: str) -> str:

@@ -197,22 +197,6 @@ class MixtureAnswer(Frozen):
     history: tuple[MixturePoint, ...] = Field(description="All mixtures that were stitched, oldest first")
 
 
-class GalleryClip(Frozen):
-    """A sampled clip of a fixed prompt."""
-
-    prompt: str = Field(description="The prompt")
-    file: str = Field(description="Name of the file")
-    url: str = Field(description="Where it is, relative to the server's root")
-    seed: int = Field(description="Seed of its noise")
-
-
-class GalleryDocument(Frozen):
-    """Clips of the last mixture's gallery."""
-
-    mixture: str | None = Field(description="Digest of the last mixture; null: none yet")
-    clips: tuple[GalleryClip, ...] = Field(description="One clip per fixed prompt")
-
-
 class LossSeries(Frozen):
     """The learning curve of one shard: parallel lists, oldest first. Void results are left out."""
 

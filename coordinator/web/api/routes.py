@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from lutetia.coordinator.web.api import views
-from lutetia.coordinator.web.api.answers import SAFE, Answers, RequestLimit, origin_of
+from lutetia.coordinator.web.api.answers import Answers, RequestLimit, origin_of
 from lutetia.coordinator.web.api.documents import (
     CheckpointsPage,
     EventsPage,
-    GalleryDocument,
     MixtureAnswer,
     PeerHistoryDocument,
     PeersPage,
@@ -24,11 +22,11 @@ from lutetia.coordinator.web.api.documents import (
     ShardDocument,
 )
 from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
+from lutetia.coordinator.web.api.pictures import add_pictures
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import SwarmStatus
 
-_CLIP = re.compile(r"[0-9]{3,6}\.gif")
 _LARGEST = 2**53
 MOST_EVENTS = 1000
 Cursor = Annotated[int, Query(ge=0, le=_LARGEST)]
@@ -149,27 +147,13 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
             raise HTTPException(404, "no mixture was stitched yet")
         return answers.answer(request, f"{source.tag()}-{found.digest[:16]}", lambda: found)
 
-    @router.get("/gallery", response_model=GalleryDocument)
-    async def gallery(request: Request) -> Response:
-        """Clips of the fixed prompts, sampled from the last mixture whose gallery is done."""
-        history = await source.up_to_date()
-        found = views.gallery_document(source.folder.gallery, history)
-        return answers.answer(request, f"{source.tag()}-{len(found.clips)}", lambda: found)
-
-    @router.get("/gallery/{file}", response_class=FileResponse, responses=_MISSING)
-    async def gallery_clip(file: Annotated[str, PathParameter(max_length=32)]) -> FileResponse:
-        """One clip as a GIF."""
-        path = source.folder.gallery / file
-        if not _CLIP.fullmatch(file) or not path.is_file():
-            raise HTTPException(404, "the gallery has no such clip")
-        return FileResponse(path, media_type="image/gif", headers=SAFE)
-
     @router.get("/metrics", response_model=SeriesDocument)
     async def metrics(request: Request) -> Response:
         """Curves: held-out loss of each shard against samples, router accuracy by time bin, throughput by the hour."""
         history, status = await source.up_to_date(), source.status()
         return answers.answer(request, source.tag(), lambda: views.series(status, history))
 
+    add_pictures(router, source, answers)
     return router
 
 

@@ -15,8 +15,6 @@ from lutetia.coordinator.web.api.documents import (
     Arrival,
     CheckpointsPage,
     EventLine,
-    GalleryClip,
-    GalleryDocument,
     LossSeries,
     MixtureAnswer,
     MixtureFile,
@@ -169,22 +167,6 @@ def mixture_answer(folder: Path, digest: str | None, history: History) -> Mixtur
     )
     return MixtureAnswer(
         digest=signed.mixture.digest, files=files, document=signed.model_dump(mode="json"), history=tuple(history.mixtures)
-    )
-
-
-def gallery_document(folder: Path, history: History) -> GalleryDocument:
-    """The gallery in `folder`; without clips while there is none."""
-    mixture = history.mixtures[-1].mixture if history.mixtures else None
-    try:
-        clips = json.loads((folder / "gallery.json").read_text())["clips"]
-    except (OSError, ValueError, KeyError):
-        clips = []
-    return GalleryDocument(
-        mixture=mixture,
-        clips=tuple(
-            GalleryClip(prompt=clip["prompt"], file=clip["file"], url=f"/api/v1/gallery/{clip['file']}", seed=clip.get("seed", 0))
-            for clip in clips
-        ),
     )
 
 

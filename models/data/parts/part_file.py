@@ -138,6 +138,10 @@ class OpenPart:
         first, last = self.starts[number : number + 2].tolist()
         return self._file.get_slice("tokens")[first:last], self._file.get_slice("pooled")[number]
 
+    def pooled(self) -> Tensor:
+        """Pooled vectors [texts, P] of all its texts, float16."""
+        return self._file.get_tensor("pooled")
+
     def metadata(self) -> PartMetadata:
         """Raises IntegrityError if it is malformed or does not fit."""
         try:

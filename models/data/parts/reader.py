@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,18 @@ class PartedShard:
                 kinds += metadata.kinds
                 captions += metadata.captions
         return ShardData(rows.latents, rows.tokens, rows.pooled, [captions[text] for text in self.index.texts], kinds, self.null)
+
+    def texts(self) -> Iterator[tuple[int, Sequence[str], Tensor]]:
+        """Of each part: the number of its first text, its captions and their pooled vectors [n, P]."""
+        for number in range(len(self.index.parts)):
+            with self._lock:
+                part = self._part(number)
+                captions, pooled = part.metadata().captions, part.pooled()
+            yield int(self.index.text_starts[number]), captions, pooled
+
+    def clip_with(self, text: int) -> int:
+        """The first clip with this text."""
+        return int(np.flatnonzero(self.index.texts == text)[0])
 
     def metadata(self, number: int) -> PartMetadata:
         """Captions, kinds and sources of a part."""

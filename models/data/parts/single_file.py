@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from lutetia.models.data.shards import ClipRows, Rows, ShardData, infinite_name
 from lutetia.protocol.schema.canonical import Frozen
@@ -77,6 +79,15 @@ class SingleFileShard:
         """All clips."""
         rows = self.take(range(len(self)))
         return ShardData(rows.latents, rows.tokens, rows.pooled, list(self.metadata.captions), list(self.metadata.kinds))
+
+    def texts(self) -> Iterator[tuple[int, Sequence[str], Tensor]]:
+        """As of a shard in parts: here every clip has a text of its own."""
+        with self._open() as file:
+            yield 0, self.metadata.captions, file.get_tensor("pooled")
+
+    def clip_with(self, text: int) -> int:
+        """The clip with this text."""
+        return text
 
     def _shapes(self, with_tokens: bool) -> dict[str, tuple[int, ...]]:
         latent = self.latent

@@ -37,7 +37,7 @@ from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.process import ParentChannel
 from tests.coordinator.scripted_node import until
-from tests.coordinator.tiny_data import build_tiny
+from tests.coordinator.tiny_data import WORDS, build_tiny
 from tests.coordinator.worker.worker_site import LIMIT, Site, mutated, train_epoch
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -192,11 +192,24 @@ async def test_router_mixture_and_gallery_are_made_and_signed(site: Site, tmp_pa
     assert len(asked) == 1
     assert read_mixture(folder).mixture.digest == answer.digest
     assert verify_mixture(folder, site.manifest.coordinators).digest == answer.digest
-    await site.worker.ask(SampleGallery(mixture=folder, out=tmp_path / "gallery"), limit=LIMIT)
-    listed = json.loads((tmp_path / "gallery" / "gallery.json").read_text())["clips"]
-    assert [(clip["prompt"], (tmp_path / "gallery" / clip["file"]).read_bytes()[:4]) for clip in listed] == [
+    real = tmp_path / "galleries" / "real"
+    job = SampleGallery(mixture=folder, out=tmp_path / "gallery", train=trains, real=real)
+    await site.worker.ask(job, limit=LIMIT)
+    written = json.loads((tmp_path / "gallery" / "gallery.json").read_text())
+    assert written["mixture"] == answer.digest
+    assert [(clip["prompt"], (tmp_path / "gallery" / clip["file"]).read_bytes()[:4]) for clip in written["clips"]] == [
         (prompt, b"GIF8") for prompt in site.manifest.sampling.prompts
     ]
+    for clip in written["clips"]:  # top1: one expert draws each step
+        assert len(clip["experts"]) == site.manifest.sampling.steps
+        assert all(len(step) == 1 and step[0][0] in (0, 1) and step[0][1] == 1 for step in clip["experts"])
+    beside = json.loads((real / "gallery.json").read_text())["clips"]
+    assert [clip["same"] for clip in beside] == [clip["caption"] == clip["prompt"] for clip in beside]
+    assert {clip["caption"] for clip in beside} <= set(WORDS[:2])
+    assert all((real / clip["file"]).read_bytes()[:4] == b"GIF8" for clip in beside)
+    chosen = (real / "000.gif").stat().st_mtime_ns
+    await site.worker.ask(job, limit=LIMIT)
+    assert (real / "000.gif").stat().st_mtime_ns == chosen, "chosen once"
 
 
 def acceptance(site: Site, coordinator: Identity, shard: int) -> AcceptanceRecord:

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
-from lutetia.coordinator.ledger.events import Event, RouterTrained, RunCreated
+from lutetia.coordinator.galleries import LIST, REAL, keep_gallery
+from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunCreated
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.coordinator.run_folder import RunFolder
@@ -22,6 +23,7 @@ from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import bind, build_app, serve_http
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
+from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.records import CheckpointRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
@@ -133,12 +135,36 @@ def record_long_run(folder: Path, *, shards: int = 6, epochs: int = 12, peers: i
     return run
 
 
-def write_clips(folder: Path, prompts: Sequence[str]) -> None:
-    """Small GIFs that play, one per prompt, and their list."""
+def write_clips(folder: Path, prompts: Sequence[str], mixture: str = "", shade: int = 0, experts: int = 0) -> None:
+    """Small GIFs that play, one per prompt, and their list; with `experts` those drew the steps, in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     clips = []
     for index, prompt in enumerate(prompts):
-        frames = [Image.new("RGB", (48, 48), (40 * index % 255, 20 * frame, 200 - 20 * frame)) for frame in range(6)]
+        frames = [
+            Image.new("RGB", (48, 48), (40 * index % 255, 20 * frame, (200 - 20 * frame + shade) % 256)) for frame in range(6)
+        ]
         frames[0].save(folder / f"{index:03d}.gif", save_all=True, append_images=frames[1:], duration=120, loop=0)
-        clips.append({"prompt": prompt, "file": f"{index:03d}.gif", "seed": index})
-    (folder / "gallery.json").write_text(json.dumps({"clips": clips}))
+        drawn = [[[(step // 2 + index) % experts, 1.0]] for step in range(8)] if experts else []
+        clips.append({"prompt": prompt, "file": f"{index:03d}.gif", "seed": index, "experts": drawn})
+    (folder / "gallery.json").write_text(json.dumps({"mixture": mixture, "clips": clips}))
+
+
+def write_galleries(run: RecordedRun, prompts: Sequence[str], stitches: int = 3, experts: int = 2) -> list[str]:
+    """So many mixtures are stitched and have a gallery, with training clips beside it; returns their digests."""
+    folder, digests = run.source.folder, [digest_of({"mixture": number}) for number in range(stitches)]
+    for number, digest in enumerate(digests):
+        write_clips(folder.gallery, prompts, digest, 60 * number, experts)
+        keep_gallery(folder, 1 << 30)
+        shards = run.driver.state.run.shards
+        epochs = tuple(max(0, shards[shard].epoch - stitches + 1 + number) for shard in range(len(shards)))
+        run.write(MixtureStitched(time=run.driver.now, epochs=epochs, mixture=digest))
+    real = folder.galleries / REAL
+    write_clips(real, prompts, shade=120)
+    listed = json.loads((real / LIST).read_text())
+    for index, clip in enumerate(listed["clips"]):
+        same = index % 2 == 0
+        clip |= {"caption": clip["prompt"] if same else HOSTILE, "same": same, "similarity": 1.0 if same else 0.7, "shard": 0}
+    (real / LIST).write_text(json.dumps(listed))
+    folder.sheets.mkdir(exist_ok=True)
+    Image.new("RGB", (96, 48), (30, 90, 60)).save(folder.sheets / "000.png")
+    return digests

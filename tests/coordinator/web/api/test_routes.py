@@ -20,7 +20,7 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.status import SwarmStatus
 from tests.coordinator.acceptance.judge_driver import PEERS
-from tests.coordinator.web.api.recorded_run import HOSTILE, STEP, RecordedRun, record_run, serving
+from tests.coordinator.web.api.recorded_run import HOSTILE, STEP, RecordedRun, record_run, serving, write_galleries
 
 API = "/api/v1"
 
@@ -111,6 +111,30 @@ async def test_unchanged_documents_are_not_sent_again_and_large_ones_are_compres
         changed = await client.get(f"{API}/checkpoints", headers={"If-None-Match": first.headers["etag"]})
         assert changed.status_code == 200
         assert len(changed.json()["checkpoints"]) == 4
+
+
+async def test_gallery_of_every_stitch_with_real_clips_and_experts(run: RecordedRun) -> None:
+    digests = write_galleries(run, ["a <b>cat</b>", "a dog"])
+    async with serving(run) as client:
+        newest = (await client.get(f"{API}/gallery")).json()
+        assert newest["mixture"] == digests[-1]
+        assert [stitch["mixture"] for stitch in newest["stitches"]] == digests
+        assert newest["clips"][0]["experts"][:3] == [[[0, 1.0]], [[0, 1.0]], [[1, 1.0]]]
+        assert (newest["clips"][0]["real"]["same"], newest["clips"][1]["real"]["caption"]) == (True, HOSTILE)
+        oldest = (await client.get(f"{API}/galleries/{digests[0]}")).json()
+        clips = [(await client.get(document["clips"][1]["url"])) for document in (oldest, newest)]
+        assert [clip.content[:4] for clip in clips] == [b"GIF8", b"GIF8"]
+        assert clips[0].content != clips[1].content
+        assert (await client.get(newest["clips"][1]["real"]["url"])).headers["content-type"] == "image/gif"
+        assert (await client.get(f"{API}/shards/0/sheet")).headers["content-type"] == "image/png"
+        for wrong in (
+            "shards/1/sheet",
+            f"galleries/{'0' * 64}",
+            f"galleries/{digests[0]}/gallery.json",
+            "galleries/real/x.gif",
+        ):
+            assert (await client.get(f"{API}/{wrong}")).status_code == 404
+        assert (await client.get(f"{API}/galleries/real")).status_code == 422
 
 
 async def test_status_gallery_and_shards(run: RecordedRun) -> None:
