@@ -30,6 +30,11 @@ def stream(run: str, shard: int, epoch: int, step: int, purpose: str) -> np.rand
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big")))
 
 
+def of_lane(purpose: str, lane: int) -> str:
+    """The purpose of a draw in one lane of a shard. Lane 0 draws as a run without lanes does."""
+    return f"{purpose} of lane {lane}" if lane else purpose
+
+
 def seed_of(run: str, shard: int, purpose: str, step: int = 0) -> int:
     """A 63-bit seed for code that makes its own generator (weight initialisation)."""
     return int(stream(run, shard, 0, step, purpose).integers(1 << 63))

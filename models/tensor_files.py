@@ -144,6 +144,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:  # the default reads the tensor
         return name in self._entries
 
+    def placeholder(self, name: str) -> Tensor:
+        """A tensor of the same shape and dtype without values, on the device "meta"."""
+        shape, dtype, _ = self._entries[name]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
     def __getitem__(self, name: str) -> Tensor:
         shape, dtype, begin = self._entries[name]
         tensor = torch.empty(shape, dtype=dtype)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lutetia.models.data.parts.batch_order import BatchOrder
+from lutetia.models.data.parts.batch_order import BatchOrder, batch_number
 from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.objectives import times
-from lutetia.models.randomness import normals, stream
+from lutetia.models.randomness import normals, of_lane, stream
 from lutetia.protocol.schema.manifest import Manifest
 
 
@@ -49,10 +49,14 @@ class Batch:
 
 
 class Batches:
-    """Makes the batches of one shard, on the CPU in float32, so that every machine replays the same ones."""
+    """Makes the batches of one lane of a shard, on the CPU in float32, so that every machine replays the same ones.
 
-    def __init__(self, manifest: Manifest, shard: int, data: ClipReader) -> None:
+    Batches of the shard's order go to the lanes in turn, so that no two lanes of an epoch have the same clips before a pass ends.
+    """
+
+    def __init__(self, manifest: Manifest, shard: int, data: ClipReader, lane: int = 0) -> None:
         self._run, self._shard, self._data = manifest.run_id, shard, data
+        self._lane, self._lanes = lane, manifest.lanes
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
         self._order = BatchOrder(manifest.run_id, shard, tuple(data.sizes), manifest.optimisation.batch)
 
@@ -63,13 +67,14 @@ class Batches:
         time keeps its distribution, and a small batch's loss varies far less.
         """
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
-        clips = self._data.take(torch.from_numpy(self._order.clips(epoch * self._steps + step)))
+        number = batch_number(epoch * self._steps + step, self._lane, self._lanes)
+        clips = self._data.take(torch.from_numpy(self._order.clips(number)))
         null = self._data.null or (None, None)
-        jitter, dropout = stream(*place, "rows").random((2, size))
+        jitter, dropout = stream(*place, of_lane("rows", self._lane)).random((2, size))
         kept = torch.from_numpy(dropout >= self._settings.text_dropout)
         return Batch(
             latents=clips.latents,
-            noise=normals(stream(*place, "noise"), tuple(clips.latents.shape)),
+            noise=normals(stream(*place, of_lane("noise", self._lane)), tuple(clips.latents.shape)),
             time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
             tokens=_or_null(clips.tokens, kept, null[0]),
             pooled=_or_null(clips.pooled, kept, null[1]),

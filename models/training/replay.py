@@ -93,6 +93,7 @@ def replay(
     base: Base | None = None,
     memory: MemoryOptions = PLAIN,
     progress: Callable[[int, int], None] = lambda done, steps: None,
+    lane: int = 0,
 ) -> Replay:
     """Train again from `parent`.
 
@@ -110,16 +111,19 @@ def replay(
         base: the files of the base that the expert adapts, if it does.
         memory: what to do to need less of it. The forms of moments and weights are those of the author.
         progress: called with (steps done, steps).
+        lane: the lane that the author trained.
 
     Raises:
         CheckpointMisfit, IntegrityError: the parent's files do not fit.
         DataError, ConfigError: the shard's data or expert do not fit.
     """
     trainer = ExpertTrainer(
-        manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base, memory=memory
-    )
+        manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base, memory=memory,
+        lane=lane,
+    )  # fmt: skip
     trainer.restore(parent.epoch, parent.weights, parent.state)
-    steps = manifest.steps_per_epoch if end else min(steps, manifest.steps_per_epoch)
+    whole = manifest.lane_steps(lane)
+    steps = whole if end else min(steps, whole)
     start = raw_parameters(trainer) if end else {}
     losses: list[float] = []
     try:
@@ -149,7 +153,7 @@ def _other_arithmetic(trainer: ExpertTrainer, coarse: bool) -> ExpertTrainer | N
     return ExpertTrainer(
         trainer.manifest, trainer.shard, trainer.data, device=trainer.device, precision=precision,
         micro_batch=trainer.micro_batch if coarse else 1, base=trainer.base,
-        memory=_other_memory(trainer.memory, precision),
+        memory=_other_memory(trainer.memory, precision), lane=trainer.lane,
     )  # fmt: skip
 
 
@@ -162,7 +166,7 @@ def _noise(trainer: ExpertTrainer, start: Mapping[str, Tensor], other: ExpertTra
     """Distance between the ends of both trainers, over the distance that the first moved. None if the second diverges."""
     other.restore(parent.epoch, parent.weights, parent.state)
     try:
-        for _ in range(trainer.manifest.steps_per_epoch):
+        for _ in range(trainer.manifest.lane_steps(trainer.lane)):
             other.step()
     except TrainingDiverged:
         return None

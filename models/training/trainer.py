@@ -74,6 +74,7 @@ class ExpertTrainer:
         base: the files of the base that the expert adapts, if it does.
         memory: what to do to need less of it. Moments or weights in fewer bits change results; weights in bfloat16 need the
             precision bfloat16.
+        lane: the lane of the shard, in a run with lanes.
 
     Raises:
         ConfigError: the expert does not fit the run's latents.
@@ -91,8 +92,9 @@ class ExpertTrainer:
         precision: Precision = "float32",
         base: Base | None = None,
         memory: MemoryOptions = PLAIN,
+        lane: int = 0,
     ) -> None:
-        self.manifest, self.shard, self.data = manifest, shard, data
+        self.manifest, self.shard, self.data, self.lane = manifest, shard, data, lane
         self.base: Base | None = base
         self.spec = manifest.expert_of(shard)
         self.device = torch.device(device)
@@ -116,17 +118,18 @@ class ExpertTrainer:
         self._parameters = list(trained_parameters(self.model).values())
         self._optimiser = Optimiser(self.model, manifest.optimisation, memory)
         self._ema = Ema(self.model, self._optimiser.values, host=memory.average == "host")
-        self._batches = BatchesAhead(Batches(manifest, shard, data), manifest.steps_per_epoch, self.device)
+        self._batches = BatchesAhead(Batches(manifest, shard, data, lane), manifest.lane_steps(lane), self.device)
 
     @property
     def at_epoch_end(self) -> bool:
         """Whether the epoch's last step is done; the next `step` starts the next epoch."""
-        return self.step_in_epoch == self.manifest.steps_per_epoch
+        return self.step_in_epoch == self.manifest.lane_steps(self.lane)
 
     @property
     def steps(self) -> int:
-        """Steps of the shard's budget that are done, by this trainer and those before it."""
-        return self.epoch * self.manifest.steps_per_epoch + self.step_in_epoch
+        """Steps of the shard's budget that are done, by this trainer and those before it. A lane's share counts as the whole."""
+        epoch, step = (self.epoch + 1, 0) if self.at_epoch_end else (self.epoch, self.step_in_epoch)
+        return epoch * self.manifest.steps_per_epoch + step
 
     @property
     def samples(self) -> int:
@@ -154,7 +157,8 @@ class ExpertTrainer:
             loss = self._accumulate(batch)
         self._wait_for_readers(may_wait)
         nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip)
-        self._optimiser.step(learning_rate(optimisation, done, total))
+        team = self.manifest.team
+        self._optimiser.step(learning_rate(optimisation, done, total) * (team.inner_rate if team else 1.0))
         self._ema.update(ema_decay(optimisation, done))
         self.step_in_epoch += 1
         if self.at_epoch_end and self.manifest.checkpoints == "compact":

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from lutetia.system.errors import plain
 
 MOST_SHARDS = 4096
+MOST_LANES = 256
 LONGEST_SENTENCE = 1000
 LONGEST_EXPLANATION = 400
 _LARGEST_COUNT = 10**15  # exact as a float, too: below 2**53
@@ -34,6 +35,7 @@ Tally = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Extent = Annotated[int, Field(ge=1, le=1 << 20)]
 """The size of one axis of a tensor."""
 ShardIndex = Annotated[int, Field(ge=0, le=MOST_SHARDS - 1)]
+LaneIndex = Annotated[int, Field(ge=0, le=MOST_LANES - 1)]
 EpochCount = Annotated[int, Field(ge=0, le=10**9)]
 """How many epochs of a shard, or how many of its rollbacks."""
 EpochNumber = Annotated[int, Field(ge=1, le=10**9)]

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, LOSS_WEIGHTS, Capabilities
+from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, LANES, LOSS_WEIGHTS, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -29,6 +29,7 @@ from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
@@ -156,6 +157,7 @@ class Manifest(WireDocument):
         "float32",
         "Form of published checkpoints: float32, or compact: averages in bfloat16, differences and moments in 8 bits",
     )
+    team: TeamSpec | None = added(None, "Lanes in which several nodes train one epoch of a shard; null: one node trains it")
     needs: Capabilities = added((), "Capabilities that a peer must have to take part; one that lacks any refuses the manifest")
 
     @model_validator(mode="after")
@@ -168,6 +170,8 @@ class Manifest(WireDocument):
             raise ValueError("the first version has no run id; every later version carries it")
         if self.checkpoints == "compact" and COMPACT not in self.needs:
             raise ValueError(f"compact checkpoints need the capability {COMPACT}; add it to needs")
+        if self.team and LANES not in self.needs:
+            raise ValueError(f"a team needs the capability {LANES}; add it to needs")
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:
@@ -200,6 +204,15 @@ class Manifest(WireDocument):
     @property
     def steps_per_epoch(self) -> int:
         return self.checkpoint_samples // self.optimisation.batch
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of each shard; 1 where one node trains an epoch."""
+        return self.team.lanes if self.team else 1
+
+    def lane_steps(self, lane: int) -> int:
+        """Steps that a lane trains of an epoch."""
+        return max(1, round(self.steps_per_epoch * self.team.share(lane))) if self.team else self.steps_per_epoch
 
     def expert_of(self, shard: int) -> ExpertSpec:
         return self.shards[shard].expert or self.expert

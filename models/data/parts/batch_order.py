@@ -63,6 +63,11 @@ class BatchOrder:
         return bucket, cycle * counts[bucket] + int((drawn[:place] == bucket).sum())
 
 
+def batch_number(step: int, lane: int, lanes: int) -> int:
+    """The number of the batch that `lane` of `lanes` trains at `step` of the shard's budget: the lanes take batches in turn."""
+    return step * lanes + lane
+
+
 def batches_of_a_cycle(sizes: tuple[int, ...], batch: int) -> tuple[int, ...]:
     """How many batches of each bucket a cycle has: by its share of the clips, at least one where there are clips.
 
