@@ -13,6 +13,7 @@ from typing import Any
 from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.credit.cost import measure_missing_cost
 from lutetia.coordinator.holdouts import Holdouts, holdout_store
 from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped
 from lutetia.coordinator.ledger.log import Ledger
@@ -200,6 +201,7 @@ class Service:
             "announcer": every(lambda: self.manifest.timing.lease, self._renew_records),
             "peerstore": every(lambda: self.manifest.timing.lease, self._remember_peers),
             "manifest notifier": every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
+            "sample cost": measure_missing_cost(self.judge_loop, lambda: self._worker("counting")),
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
         if self.lender:

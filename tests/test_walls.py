@@ -37,6 +37,8 @@ BACKENDS = ("protocol/transport/hivemind/", "protocol/light_client/bindings.py")
 PURE = (
     "node/machine/",
     "coordinator/acceptance/",
+    "coordinator/credit/accounts.py",
+    "coordinator/credit/fold.py",
     "coordinator/lending/agreement.py",
     "coordinator/lending/loans.py",
     "coordinator/lending/reports.py",

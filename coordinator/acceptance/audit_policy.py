@@ -270,7 +270,7 @@ def receive_report(transition: JudgeTransition, report: AuditDelivered) -> None:
     transition.write(
         event(
             time=transition.now, **_result(audit), outcome=finding.outcome, text=finding.text[:1000], by=report.owner,
-            seconds=report.seconds,
+            seconds=report.seconds, samples=steps_of(transition.rules, audit) * transition.rules.manifest.optimisation.batch,
         )
     )  # fmt: skip
     settle_suspects(transition, audit.shard)

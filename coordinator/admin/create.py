@@ -249,10 +249,12 @@ def _fill(
 
 
 def _begin_ledger(run: RunFolder, manifest: Manifest) -> None:
+    from lutetia.models.study.flops import training_flops
+
     when = manifest.created
     created = RunCreated(
         time=when, run=manifest.run_id, name=manifest.name, owner=manifest.owner, coordinator=manifest.coordinators[0],
-        shards=len(manifest.shards), epochs=manifest.epochs,
+        shards=len(manifest.shards), epochs=manifest.epochs, flops=training_flops(manifest),
     )  # fmt: skip
     ledger = Ledger.create(run.ledger, created)
     ledger.append([published(manifest, manifest.coordinators[0], when)])

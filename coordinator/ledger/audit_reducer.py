@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from lutetia.coordinator.credit.fold import credit_accepted, credit_audit, take_invalid, trained_samples, void_epochs
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
     AuditDone,
@@ -58,9 +59,12 @@ def add_costs(state: RunState, costs: Iterable[CheckCost]) -> Mapping[tuple[Chec
 
 
 def _with_audit(shard: ShardLedger, checkpoint: str, audit: AuditState, whole: bool = False) -> ShardLedger:
-    """The shard with a new audit state of one accepted epoch."""
+    """The shard with a new audit state of one accepted epoch. An invalid one is nobody's credit."""
     lineage = tuple(
-        replace(link, audit=audit, whole=whole) if link.acceptance.checkpoint == checkpoint else link for link in shard.lineage
+        replace(link, audit=audit, whole=whole, samples=0 if audit == "invalid" else link.samples)
+        if link.acceptance.checkpoint == checkpoint
+        else link
+        for link in shard.lineage
     )
     return shard.updated(lineage=lineage)
 
@@ -89,6 +93,9 @@ def apply_audit_done(state: RunState, event: AuditDone) -> Changes:
         again = pending.updated(attempts=pending.attempts + 1, not_before=event.again_at, whole=whole)
         return {**changes, "audits": {**state.audits, event.checkpoint: again}}
     shard = _with_audit(shard_of(state, event.shard), event.checkpoint, event.outcome, bool(pending and pending.whole))
+    credit = credit_audit(state, pending, event)
+    if event.outcome == "invalid":
+        credit = take_invalid(replace(state, credit=credit), state.shards[event.shard].link(event.checkpoint))
     peers = _with_auditor_trust(state, pending, event)
     peer = peers.get(event.owner, PeerLedger())
     if event.outcome == "valid":
@@ -101,6 +108,7 @@ def apply_audit_done(state: RunState, event: AuditDone) -> Changes:
     return {
         **changes, "shards": state.shards.set(event.shard, shard), "peers": peers.set(event.owner, peer),
         "audits": {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint != event.checkpoint},
+        "credit": credit,
     }  # fmt: skip
 
 
@@ -108,7 +116,8 @@ def apply_audit_reported(state: RunState, event: AuditReported) -> Changes:
     pending = state.audits.get(event.checkpoint)
     if pending is None:
         return {}
-    return {"audits": {**state.audits, event.checkpoint: pending.updated(reported=(event.by, event.outcome))}}
+    reported = pending.updated(reported=(event.by, event.outcome), reported_samples=event.samples)
+    return {"audits": {**state.audits, event.checkpoint: reported}}
 
 
 def _with_auditor_trust(state: RunState, pending: PendingAudit | None, event: AuditDone) -> PersistentMap[str, PeerLedger]:
@@ -129,9 +138,11 @@ def apply_acceptance_recovered(state: RunState, event: AcceptanceRecovered) -> C
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be recovered on epoch {shard.epoch}")
     accepted = state.accepted + max(1, given.epoch - shard.epoch)
     changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
+    samples = trained_samples(shard, given)
+    changes["credit"] = credit_accepted(state, given, samples, given.issued)
     shard = shard.updated(
         epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
-        suspects=(), lineage=(AcceptedEpoch(given, given.issued, state.budgets),),
+        suspects=(), lineage=(AcceptedEpoch(given, given.issued, state.budgets, samples=samples),),
         candidates={}, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
@@ -145,7 +156,8 @@ def apply_reset_recovered(state: RunState, event: ResetRecovered) -> Changes:
         raise LedgerOutOfOrder(f"shard {event.shard} in term {shard.term} cannot be reset in term {event.term}")
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != event.shard}
     shards = state.shards.set(event.shard, ShardLedger(baseline=shard.baseline, term=event.term))
-    return {"shards": shards, "audits": audits, "mixture": None, "finished": False}
+    credit = void_epochs(state, event.shard, shard.lineage, whole=True)
+    return {"shards": shards, "audits": audits, "mixture": None, "finished": False, "credit": credit}
 
 
 def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
@@ -155,7 +167,9 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
     known = event.epoch == 0 or (lineage and lineage[-1].acceptance.epoch == event.epoch)
     if event.term != shard.term + 1 or event.epoch >= shard.epoch or not known:
         raise LedgerOutOfOrder(f"shard {event.shard} at epoch {shard.epoch} cannot be rolled back to epoch {event.epoch}")
-    gone = {link.acceptance.checkpoint for link in shard.lineage[len(lineage) :]}
+    void = shard.lineage[len(lineage) :]
+    gone = {link.acceptance.checkpoint for link in void}
+    credit = void_epochs(state, event.shard, void, whole=event.epoch == 0)
     if lineage:
         head = lineage[-1]
         head = replace(head, acceptance=head.acceptance.model_copy(update={"term": event.term}))
@@ -166,7 +180,9 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
         acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}
-    return {"shards": state.shards.set(event.shard, shard), "audits": audits, "mixture": None, "finished": False}
+    return {
+        "shards": state.shards.set(event.shard, shard), "audits": audits, "mixture": None, "finished": False, "credit": credit,
+    }  # fmt: skip
 
 
 def apply_suspicion(state: RunState, event: LineageSuspected | LineageKept) -> Changes:

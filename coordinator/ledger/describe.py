@@ -17,6 +17,7 @@ from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
     CoordinatorStarted,
     CoordinatorStopped,
+    CopiesKept,
     Event,
     HoldoutBurnt,
     LineageKept,
@@ -35,6 +36,7 @@ from lutetia.coordinator.ledger.events import (
     RouterTrained,
     RunCreated,
     RunFinished,
+    SampleCostMeasured,
 )
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
@@ -52,6 +54,11 @@ def sentence(event: Event) -> str:
             return f"coordinator started ({event.software})"
         case CoordinatorStopped():
             return "coordinator stopped"
+        case SampleCostMeasured():
+            return f"training one sample takes {max(event.flops, default=0):.3g} FLOPs"
+        case CopiesKept():
+            owners = len({copy.owner for copy in event.copies})
+            return f"{owners} {'peer' if owners == 1 else 'peers'} kept copies of accepted checkpoints"
         case BaselineMeasured():
             return f"shard {event.shard}: the initial model's held-out loss is {event.loss:.5f}"
         case ResultSeen(record=record):

@@ -44,6 +44,7 @@ _Term = Annotated[EpochNumber, Field(description="Term of the shard from now on:
 _CheckField = Annotated[
     CheckName, Field(validation_alias=AliasChoices("check", "rung"), description="The check; `rung` in older ledgers.")
 ]
+FlopsByShard = Annotated[tuple[Annotated[int, Field(ge=1, le=10**21)], ...], Field(max_length=MOST_SHARDS)]
 _Epochs = Annotated[EpochsByShard, Field(description="Accepted epoch of each shard, in the order of the shards.")]
 
 
@@ -61,6 +62,14 @@ class RunCreated(_Event):
     coordinator: PublicKey = Field(description="The coordinator that keeps this ledger.")
     shards: int = Field(ge=1, le=MOST_SHARDS, description="Number of shards.")
     epochs: EpochNumber = Field(description="Budget of each shard in epochs.")
+    flops: FlopsByShard = Field(default=(), description="FLOPs of training one sample, by shard; empty: not measured yet.")
+
+
+class SampleCostMeasured(_Event):
+    """What one sample costs was measured, in a run whose creation does not say it. Credit is counted with it."""
+
+    kind: Literal["sample-cost-measured"] = "sample-cost-measured"
+    flops: FlopsByShard = Field(description="FLOPs of training one sample (forward and backward), by shard.")
 
 
 class ManifestPublished(_Event):
@@ -219,6 +228,7 @@ class AuditDone(_Verdict):
     closer: bool = Field(default=False, description="The next try replays the whole epoch.")
     doubt: bool = Field(default=False, description="Given up, but honest work was never seen to end where this epoch ends.")
     again_at: Moment | None = Field(default=None, description="When it is tried again: Unix seconds; null: not any more.")
+    samples: Tally = Field(default=0, description="Samples that the peer `by` replayed and is credited with.")
 
 
 class AuditReported(_Verdict):
@@ -229,6 +239,7 @@ class AuditReported(_Verdict):
     outcome: Outcome = Field(description="What it reported.")
     text: Sentence = Field(default="", description="Why, in words.")
     seconds: Seconds = Field(default=0.0, description="Seconds that the replay took.")
+    samples: Tally = Field(default=0, description="Samples that it replayed, and is credited with once the report proves right.")
 
 
 class PeerQuarantined(_Verdict):
@@ -254,6 +265,21 @@ class CheckerRefuted(_Event):
     shard: _Shard
     epoch: EpochCount = Field(default=0, description="Epoch of the result; 0 for the router.")
     text: Sentence = Field(default="", description="Why, in words.")
+
+
+class CopyKept(WireDocument):
+    """One peer's part in keeping copies of a shard's accepted checkpoints."""
+
+    owner: PublicKey = Field(description="The peer.")
+    shard: _Shard
+    samples: Tally = Field(description="Samples of the shard that it is credited with for it.")
+
+
+class CopiesKept(_Event):
+    """Peers that proved that they hold copies of accepted checkpoints since the last such event."""
+
+    kind: Literal["copies-kept"] = "copies-kept"
+    copies: tuple[CopyKept, ...] = Field(max_length=1024, description="Who kept copies of which shards.")
 
 
 class HoldoutBurnt(_Event):
@@ -323,6 +349,7 @@ class RunFinished(_Event):
 
 Event = Annotated[
     RunCreated
+    | SampleCostMeasured
     | ManifestPublished
     | CoordinatorStarted
     | CoordinatorStopped
@@ -341,6 +368,7 @@ Event = Annotated[
     | PeerQuarantined
     | PeerPardoned
     | CheckerRefuted
+    | CopiesKept
     | HoldoutBurnt
     | LineageRolledBack
     | LineageSuspected

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
+from lutetia.coordinator.credit.fold import credit_accepted, credit_copies, trained_samples
 from lutetia.coordinator.ledger.audit_reducer import (
     LedgerOutOfOrder,
     add_costs,
@@ -32,6 +33,7 @@ from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
     CoordinatorStarted,
     CoordinatorStopped,
+    CopiesKept,
     Event,
     HoldoutBurnt,
     LineageKept,
@@ -50,6 +52,7 @@ from lutetia.coordinator.ledger.events import (
     RouterTrained,
     RunCreated,
     RunFinished,
+    SampleCostMeasured,
 )
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
@@ -115,6 +118,10 @@ def _changes(state: RunState, event: Event) -> Changes:
             return apply_pardoned(state, event)
         case CheckerRefuted():
             return {"refuted_checkers": _newest({**state.refuted_checkers, event.owner: event})}
+        case SampleCostMeasured():
+            return {"flops": event.flops}
+        case CopiesKept():
+            return {"credit": credit_copies(state, event)}
         case HoldoutBurnt():
             return {"burnt": {**state.burnt, event.holdout: event.checkpoint}}
         case LineageRolledBack():
@@ -156,6 +163,7 @@ def _created(state: RunState, event: RunCreated) -> Changes:
     return {
         "run": event.run, "name": event.name, "owner": event.owner, "coordinator": event.coordinator,
         "epochs": event.epochs, "shards": shards, "budgets": (event.epochs,),
+        "flops": event.flops,
     }  # fmt: skip
 
 
@@ -258,6 +266,7 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
         state = replace(state, **_forgiven(state, shard))
     candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
     link = _link(state, shard, event)
+    credit = credit_accepted(state, given, link.samples, event.time)
     shard = shard.updated(
         epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
         candidates=candidates, judged={}, refuted=0, refuted_at=0.0,
@@ -274,6 +283,7 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     return {
         "shards": state.shards.set(given.shard, shard), "peers": state.peers.set(given.author, peer),
         "spent": add_costs(state, event.costs), "accepted": state.accepted + 1, "rejected": state.rejected,
+        "credit": credit,
     }  # fmt: skip
 
 
@@ -282,4 +292,5 @@ def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> Acc
     waiting = shard.candidates.get(given.author)
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
     made = (record.trace, record.made) if record else (None, None)
-    return AcceptedEpoch(given, event.time, state.budgets, *made, proved=bool(event.note))
+    samples = trained_samples(shard, given)
+    return AcceptedEpoch(given, event.time, state.budgets, *made, proved=bool(event.note), samples=samples)

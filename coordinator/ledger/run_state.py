@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
+from lutetia.coordinator.credit.accounts import PeerCredit
 from lutetia.coordinator.ledger.events import (
     CheckerRefuted,
     MixtureStitched,
@@ -71,6 +72,8 @@ class AcceptedEpoch:
     """Whether it was accepted although it failed a loss check."""
     whole: bool = False
     """Whether its last audit replayed the whole epoch."""
+    samples: int = 0
+    """What its author is credited with; 0 once an audit found it invalid."""
 
 
 class PendingAuditChanges(TypedDict, total=False):
@@ -80,6 +83,7 @@ class PendingAuditChanges(TypedDict, total=False):
     attempts: int
     not_before: float
     reported: tuple[str, str] | None
+    reported_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ class PendingAudit:
     """Unix seconds before which it is not tried again."""
     reported: tuple[str, str] | None = None
     """A peer's report that the coordinator has yet to verify: (public key, outcome)."""
+    reported_samples: int = 0
+    """Samples that this peer replayed."""
 
     def updated(self, **changes: Unpack[PendingAuditChanges]) -> PendingAudit:
         return replace(self, **changes)
@@ -257,6 +263,8 @@ class Changes(TypedDict, total=False):
     manifest: str
     shards: PersistentMap[int, ShardLedger]
     peers: PersistentMap[str, PeerLedger]
+    credit: PersistentMap[str, PeerCredit]
+    flops: tuple[int, ...]
     router: RouterTrained | None
     mixture: MixtureStitched | None
     finished: bool
@@ -290,6 +298,10 @@ class RunState:
     """By index."""
     peers: PersistentMap[str, PeerLedger] = field(default_factory=PersistentMap)
     """By public key."""
+    credit: PersistentMap[str, PeerCredit] = field(default_factory=PersistentMap)
+    """By public key: only peers whose results were accepted or whose audits counted."""
+    flops: tuple[int, ...] = ()
+    """FLOPs of training one sample, by shard; empty: not measured yet."""
     router: RouterTrained | None = None
     mixture: MixtureStitched | None = None
     finished: bool = False

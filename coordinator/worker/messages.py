@@ -49,6 +49,19 @@ class MeasureSizes(Job[SizesMeasured]):
     job: Literal["sizes"] = "sizes"
 
 
+class CostMeasured(_Line):
+    """FLOPs of training one sample, by shard."""
+
+    job: Literal["cost"] = "cost"
+    flops: tuple[int, ...]
+
+
+class MeasureCost(Job[CostMeasured]):
+    """What training one sample takes, from the manifest's experts."""
+
+    job: Literal["cost"] = "cost"
+
+
 class FilesInspected(_Line):
     """Nothing is wrong with the files; otherwise the job is refused."""
 
@@ -229,6 +242,7 @@ class SampleGallery(Job[GallerySampled]):
 
 AnyJob = Annotated[
     MeasureSizes
+    | MeasureCost
     | InspectFiles
     | MeasureLoss
     | ReadTrace
@@ -241,6 +255,7 @@ AnyJob = Annotated[
 ]
 AnyAnswer = Annotated[
     SizesMeasured
+    | CostMeasured
     | FilesInspected
     | LossMeasured
     | TraceRead

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from lutetia.coordinator.worker.messages import (
     AnyAnswer,
     AnyJob,
+    CostMeasured,
     EpochReplayed,
     FilesInspected,
     GallerySampled,
@@ -27,6 +28,7 @@ from lutetia.coordinator.worker.messages import (
     JobRefused,
     JobRequest,
     LossMeasured,
+    MeasureCost,
     MeasureLoss,
     MeasureSizes,
     MixtureReady,
@@ -103,6 +105,8 @@ class WorkerProcess:
         match job:
             case MeasureSizes():
                 return self.sizes()
+            case MeasureCost():
+                return self.cost()
             case InspectFiles():
                 return self.inspect(job)
             case MeasureLoss():
@@ -151,6 +155,11 @@ class WorkerProcess:
                 known[name] = form(published_schema(spec, self.manifest.checkpoints)), form({**required, **optional})
             weights[shard.index], state[shard.index] = known[name]
         return SizesMeasured(weights=weights, state=state)
+
+    def cost(self) -> CostMeasured:
+        from lutetia.models.study.flops import training_flops
+
+        return CostMeasured(flops=training_flops(self.manifest))
 
     def inspect(self, job: InspectFiles) -> FilesInspected:
         from lutetia.models.checking.result import ResultFiles, inspect_result

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lutetia.models.experts.families import build_meta, call_expert
 from lutetia.models.mixing.router import router_of
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.training_spec import RouterSpec
@@ -38,6 +39,20 @@ def expert_cost(spec: ExpertSpec, latent: LatentSpec) -> Cost:
         forward = counter.get_total_flops()
         out.sum().backward()
     return Cost(forward=forward, training=counter.get_total_flops(), parameters=_parameters(model))
+
+
+def training_flops(manifest: Manifest) -> tuple[int, ...]:
+    """FLOPs of a forward and a backward pass of each shard's expert on one sample, the mean over the buckets of the data.
+
+    Raises ConfigError if an expert cannot be built.
+    """
+    buckets = [manifest.latent.in_bucket(number) for number in range(len(manifest.latent.buckets) + 1)]
+    known: dict[str, int] = {}
+    for shard in manifest.shards:
+        spec = manifest.expert_of(shard.index)
+        if (name := spec.model_dump_json()) not in known:
+            known[name] = max(1, round(sum(expert_cost(spec, latent).training for latent in buckets) / len(buckets)))
+    return tuple(known[manifest.expert_of(shard.index).model_dump_json()] for shard in manifest.shards)
 
 
 def router_cost(spec: RouterSpec, latent: LatentSpec, experts: int) -> Cost:
