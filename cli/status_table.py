@@ -25,7 +25,7 @@ CLOCKS_AGREE = 60.0  # seconds by which the reader's clock may differ from the c
 _STALLS_SHOWN = 3
 _BAR = "bar"
 _SHARD_COLUMNS_TO_DROP = (_BAR, "COPIES", "CKPT", "SAMPLES", "LEASE", "CLUSTER", "HELD OUT", "AGE")
-_NODE_COLUMNS_TO_DROP = ("LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
+_NODE_COLUMNS_TO_DROP = ("NAME", "LINK", "DEVICE", "REJECTED", "SEEN", "SPEED", "EXPERT")
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,11 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
     """The table of nodes and what they do."""
     from rich.text import Text
 
+    named = {"NAME"} if any(node.name for node in status.nodes) else set()
     rows: list[dict[str, str | Text]] = [
         {
             "NODE": short_peer(node.peer_id),
+            "NAME": node.name or "-",
             "EXPERT": "-" if node.shard is None else f"{node.shard:03d}",
             "DOING": node.state,
             "DEVICE": node.device,
@@ -169,7 +171,7 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
         }
         for node in status.nodes
     ]
-    return _table(rows, without)
+    return _table(rows, {*without, *({"NAME"} - named)})
 
 
 def summary(status: SwarmStatus, now: float) -> str:

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.credit.copies import CopyKeeping
 from lutetia.coordinator.credit.cost import measure_missing_cost
 from lutetia.coordinator.holdouts import Holdouts, holdout_store
 from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped
@@ -146,9 +147,10 @@ class Service:
         self.offer_service = OfferService(self.transport, self.judge_loop, admission)
         self.swarm_monitor = SwarmMonitor(
             self.transport, self.manifest, self.offer_service.offer_found, self._accepted,
-            lambda shard: self.judge_loop.state.run.shard_view(shard),
+            lambda shard: self.judge_loop.state.run.shard_view(shard), self._credit_copies,
         )  # fmt: skip
         self.announcer.swarm_monitor = self.swarm_monitor
+        self.copy_keeping = CopyKeeping(self.manifest.optimisation.batch)
         self.judge_loop.auditors = lambda: free_auditors(self.swarm_monitor.view)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
@@ -182,7 +184,9 @@ class Service:
                     await self.stopping.wait()
                     for task in tasks:
                         task.cancel()
-            self.ledger.append([CoordinatorStopped(time=self.transport.now())])
+            now = self.transport.now()
+            kept = self.copy_keeping.due(now, last=True)
+            self.ledger.append([*([kept] if kept else []), CoordinatorStopped(time=now)])
             await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
         finally:
             await asyncio.gather(*(worker.close() for worker in self.workers))
@@ -285,6 +289,13 @@ class Service:
     def _nodes(self) -> list[NodeRecord]:
         """The node records that the DHT has now."""
         return [node.record for node in self.swarm_monitor.view.nodes]
+
+    async def _credit_copies(self, holders: Mapping[int, Collection[str]]) -> None:
+        """Count the copies that were just proved. Only peers with other credit have a part in them."""
+        credit, now = self.judge_loop.state.run.credit, self.transport.now()
+        self.copy_keeping.look({shard: [owner for owner in owners if owner in credit] for shard, owners in holders.items()}, now)
+        if event := self.copy_keeping.due(now):
+            await self.judge_loop.append(event)
 
     async def _renew_records(self) -> None:
         """Compare the DHT with the ledger before the own renewals replace what it has: it keeps one record of each owner."""

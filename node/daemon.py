@@ -82,8 +82,8 @@ def _identity(settings: NodeSettings) -> Identity:
         log.info("this node is %s; its secret key is %s", identity.peer_id, path)
         log.info("back it up with `lutetia identity export FILE`: without the key the node's identity and its record are lost")
         log.info(
-            "other peers see its addresses, device, speed, software version, what it works on, and what it made or checked for "
-            "the run; nothing else is sent"
+            "other peers see its addresses, device, speed, software version, its name if it has one, what it works on, and what "
+            "it made or checked for the run; nothing else is sent"
         )
         log.info(
             "stop with Ctrl-C or `lutetia finish` (finishes the current checkpoint), `lutetia pause --for 2h`, `lutetia leave`"
@@ -134,7 +134,15 @@ class NodeDaemon:
     async def _work(self, transport: Transport, live: LiveManifest, paths: RunPaths) -> None:
         manifest = live()
         store = await asyncio.to_thread(BlobStore, paths.blobs, self.settings.disk_limit)
-        network = NodeNetwork(self.identity, transport, manifest, self.settings.decoded_ticket, store, self.settings.operator)
+        network = NodeNetwork(
+            self.identity,
+            transport,
+            manifest,
+            self.settings.decoded_ticket,
+            store,
+            self.settings.operator,
+            self.settings.name or "",
+        )
         contributions = Contributions(paths.folder / "contributions.json")
         workspace = Workspace(paths, manifest, store)
         workspace.local_model = await asyncio.to_thread(find_local_model, manifest, self.settings.base, store)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Setting
 from lutetia.models.device import AUTO_DEVICE, PrecisionChoice
 from lutetia.node.schedule import WeeklyHours
 from lutetia.node.trainer.loss_log import parse_place
+from lutetia.protocol.schema.fields import LONGEST_PEER_NAME, peer_name
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.protocol.schema.ticket import PORT, Ticket
 from lutetia.system.errors import ConfigError
@@ -139,6 +140,10 @@ class NodeSettings(BaseSettings):
     audits: bool = Field(
         default=True, description="Replay epochs and carry out lent checks for the coordinator while the node has no shard"
     )
+    name: str | None = Field(
+        default=None, description="What others see this node called: up to 32 letters and digits, with spaces, dots, dashes and "
+        "underscores between; by default it has no name",
+    )  # fmt: skip
     operator: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the node's operator, 64 hexadecimal digits"
     )
@@ -160,6 +165,16 @@ class NodeSettings(BaseSettings):
             except ConfigError as error:
                 raise ValueError(str(error).removeprefix("losses: ")) from error
         return value
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str | None) -> str | None:
+        if value and not peer_name(value):
+            raise ValueError(
+                f"{value!r} cannot be a name; use up to {LONGEST_PEER_NAME} letters of A to Z and digits, with spaces, dots, "
+                "dashes or underscores only between them"
+            )
+        return value or None
 
     @field_validator("hours")
     @classmethod

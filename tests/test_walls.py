@@ -38,6 +38,7 @@ PURE = (
     "node/machine/",
     "coordinator/acceptance/",
     "coordinator/credit/accounts.py",
+    "coordinator/credit/copies.py",
     "coordinator/credit/fold.py",
     "coordinator/lending/agreement.py",
     "coordinator/lending/loans.py",

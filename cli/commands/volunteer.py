@@ -42,6 +42,7 @@ def join(
     config: Annotated[Path | None, setting("JOIN_CONFIG", "TOML file with settings; options override it.")] = None,
     listen: Annotated[str | None, setting("LISTEN")] = None,
     announce: Annotated[list[str] | None, setting("ANNOUNCE")] = None,
+    name: Annotated[str | None, setting("NAME")] = None,
     device: Annotated[str | None, setting("DEVICE")] = None,
     threads: Annotated[int | None, setting("THREADS", min=1)] = None,
     duty: Annotated[float | None, setting("DUTY", min=0.01, max=1.0)] = None,
@@ -68,8 +69,9 @@ def join(
     from lutetia.system.log_format import StatusLineHandler
 
     flags = given(
-        state_folder=state_folder, listen=listen, announce=announce, device=device, threads=threads, duty=duty, hours=hours,
-        max_temp=max_temp, losses=losses, clips_every=clips_every, base=base, disk_limit=disk_limit, upload_rate=upload_rate,
+        state_folder=state_folder, listen=listen, announce=announce, name=name, device=device, threads=threads, duty=duty,
+        hours=hours, max_temp=max_temp, losses=losses, clips_every=clips_every, base=base,
+        disk_limit=disk_limit, upload_rate=upload_rate,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": checked}, config)
     line = StatusLineHandler(sys.stderr) if sys.stderr and sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None

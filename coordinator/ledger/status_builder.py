@@ -262,6 +262,7 @@ def _node_status(
         relayed=link == "relayed",
         link=link,
         software=record.software,
+        name=record.name,
     )
 
 

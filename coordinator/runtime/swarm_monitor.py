@@ -41,11 +41,16 @@ Key = tuple[str, int]
 R = TypeVar("R", NodeRecord, ClaimRecord)
 
 
+async def _nothing(holders: Mapping[int, set[str]]) -> None:
+    pass
+
+
 @dataclass
 class SwarmMonitor:
     """`view` is what was last seen; `found` is called with every result at every look. `accepted`: whose copies count.
 
-    `shard_view` gives the accepted state of a shard, which the monitor needs to judge the progress of claims.
+    `shard_view` gives the accepted state of a shard, which the monitor needs to judge the progress of claims. `copies_seen` is
+    called after each count with the public keys of the peers that hold each shard's accepted checkpoint.
     """
 
     transport: Transport
@@ -53,6 +58,7 @@ class SwarmMonitor:
     found: Callable[[CheckpointRecord], Awaitable[None]]
     accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
     shard_view: Callable[[int], ShardView] = ShardView
+    copies_seen: Callable[[Mapping[int, set[str]]], Awaitable[None]] = _nothing
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
@@ -106,14 +112,15 @@ class SwarmMonitor:
         """Count the peers in `view` that announce each accepted checkpoint and answered a random chunk of it."""
         alive = {node.record.owner: node.record for node in self.view.nodes if node.record.state != "left"}
 
-        async def count(acceptance: AcceptanceRecord) -> tuple[str, int]:
+        async def count(acceptance: AcceptanceRecord) -> tuple[AcceptanceRecord, set[str]]:
             holders = await holders_of(self.transport, self.manifest, acceptance, set(alive))
             candidates = [Provider(alive[holder].peer_id, alive[holder].addresses) for holder in sorted(holders)]
             proved = await self._proofs.proved(self.transport, candidates, [acceptance.weights, acceptance.state])
-            return acceptance.checkpoint, len(proved)
+            return acceptance, {holder for holder in holders if alive[holder].peer_id in proved}
 
         counts = await gather_bounded(count, self.accepted(), _COUNTS_AT_ONCE)
-        self.view = replace(self.view, copies=dict(counts))
+        self.view = replace(self.view, copies={acceptance.checkpoint: len(owners) for acceptance, owners in counts})
+        await self.copies_seen({acceptance.shard: owners for acceptance, owners in counts})
 
     async def _read(self, keys: Iterable[str]) -> list[tuple[Any, float]]:
         """The live records under all `keys`."""

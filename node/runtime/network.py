@@ -72,6 +72,7 @@ class NodeNetwork:
     ticket: Ticket
     store: BlobStore
     operator: str | None = None
+    name: str = ""
     acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
     quarantined: frozenset[str] = frozenset()
     _quarantine_seen: float = float("-inf")
@@ -151,7 +152,7 @@ class NodeNetwork:
         record = NodeRecord(
             run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
             peer_id=self.identity.peer_id, addresses=self.addresses, hardware=hardware, samples_per_second=rate,
-            software=software_version(), state=state, shard=shard, operator=self.operator,
+            software=software_version(), state=state, shard=shard, operator=self.operator, name=self.name,
         )  # fmt: skip
         await self._publish(record, self.limits.longest("node"))
 

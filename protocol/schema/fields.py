@@ -80,6 +80,15 @@ def word(text: str) -> str:
     return _NO_WORD.sub("?", letters)[:64]
 
 
+LONGEST_PEER_NAME = 32
+PEER_NAME = r"^([A-Za-z0-9]([A-Za-z0-9 ._-]{0,30}[A-Za-z0-9])?)?$"
+
+
+def peer_name(text: str) -> str:
+    """`text` if it is a name that a peer may show, else nothing: a strange name must not cost a peer its records."""
+    return text if re.fullmatch(PEER_NAME, text) else ""
+
+
 def _texts(change: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: change(value) if isinstance(value, str) else value)
 
@@ -90,6 +99,9 @@ Explanation = Annotated[str, Field(max_length=LONGEST_EXPLANATION), _texts(lambd
 """A sentence in a list that must stay small; cut like `Sentence`."""
 Word = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9 ._,:;()+/@#*=%?-]*$"), _texts(word)]
 """A word in a record: what a device is called, a version. Other characters are replaced on reading and writing."""
+PeerName = Annotated[str, Field(max_length=LONGEST_PEER_NAME, pattern=PEER_NAME), _texts(peer_name)]
+"""What a volunteer calls a node, or nothing. Letters and digits of ASCII with spaces, dots and dashes between: no markup, and no
+letters that look like others."""
 OpenWord = Annotated[str, Field(pattern=r"^[a-z][a-z0-9 -]{0,31}$")]
 """A value of a list that later versions may lengthen; readers show one that they do not know as it is."""
 

@@ -20,6 +20,7 @@ from lutetia.protocol.schema.fields import (
     MeasuredLoss,
     Moment,
     PeerId,
+    PeerName,
     PublicKey,
     Rate,
     ReportedBatch,
@@ -98,6 +99,7 @@ class NodeRecord(_Record):
         default=None, description="Public key of the operator; nodes of one operator do not audit each other"
     )
     relayed: bool = Field(default=False, description="Not used: whoever is connected to a node sees how")
+    name: PeerName = added("", "What its volunteer calls it; empty: nothing. A name proves nothing")
 
     def key(self) -> str:
         return node_key(self.run, self.owner)

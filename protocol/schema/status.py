@@ -19,6 +19,7 @@ from lutetia.protocol.schema.fields import (
     Moment,
     OpenWord,
     PeerId,
+    PeerName,
     PublicKey,
     Rate,
     Seconds,
@@ -113,6 +114,7 @@ class NodeStatus(TolerantDocument):
         default=None, description="How the coordinator is connected to it: direct or relayed; null: not connected"
     )
     software: Word = Field(default="", description="Version of Lutetia")
+    name: PeerName = Field(default="", description="What its volunteer calls it; empty: nothing, or the owner hides it")
 
 
 class RouterStatus(TolerantDocument):

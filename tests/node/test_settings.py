@@ -96,3 +96,11 @@ def test_unknown_flag_and_cut_ticket_are_refused():
         load_settings({"ticket": "x", "color": "red"})
     with pytest.raises(ConfigError, match="ticket"):
         _ = load_settings({"ticket": "lutetia1abc"})[0].decoded_ticket
+
+
+def test_name_is_plain_text_or_refused():
+    assert load_settings({"ticket": "x", "name": "Adas lab"})[0].name == "Adas lab"
+    assert load_settings({"ticket": "x"})[0].name is None
+    for name in ("<b>Ada</b>", "Ada ", "ä" * 3, "a" * 33):
+        with pytest.raises(ConfigError, match="cannot be a name"):
+            load_settings({"ticket": "x", "name": name})

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lutetia.coordinator.web.api.people import CreditDocument
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, StallStatus
 
@@ -131,6 +132,8 @@ class PeerDocument(Frozen):
 
     owner: str = Field(description="Public key")
     peer_id: str = Field(description="libp2p peer id")
+    name: str = Field(description="What its volunteer calls it; empty: nothing. A name proves nothing")
+    credit: CreditDocument = Field(description="How much of the run's computing was its own")
     node: NodeStatus | None = Field(description="Its newest record; null: it is not online, or not shown")
     samples: int = Field(description="Samples of its accepted results that were not rolled back")
     accepted: int = Field(description="Its accepted results that were not rolled back")

@@ -97,17 +97,17 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         history, status = await source.up_to_date(), source.status()
         return answers.answer(
             request, live_tag(status),
-            lambda: views.peers_page(status, history, health=health, offset=offset, limit=limit),
+            lambda: views.peers_page(status, history, source.people(), health=health, offset=offset, limit=limit),
         )  # fmt: skip
 
     @router.get("/peers/{peer}", response_model=PeerHistoryDocument, responses=_MISSING)
     async def peer(request: Request, peer: Annotated[str, PathParameter(max_length=128)]) -> Response:
         """One peer, by peer id or public key: what counted, what did not, and why."""
         history, status = await source.up_to_date(), source.status()
-        owner = views.find_owner(status, history, peer)
+        owner = views.find_owner(status, history, source.people(), peer)
         if owner is None:
             raise HTTPException(404, "the run knows no such peer: it is not online and has had no result decided")
-        return answers.answer(request, live_tag(status), lambda: views.peer_history(status, history, owner))
+        return answers.answer(request, live_tag(status), lambda: views.peer_history(status, history, source.people(), owner))
 
     @router.get("/checkpoints", response_model=CheckpointsPage)
     async def checkpoints(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from lutetia.coordinator.ledger.log import Ledger, LedgerRow
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.history import History
+from lutetia.coordinator.web.api.people import People
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.status import SwarmStatus
 
@@ -70,6 +71,10 @@ class RunSource:
                     self.history.add(row.id, row.event())
                 await asyncio.sleep(0)
         return self.history
+
+    def people(self) -> People:
+        """What is known of the peers now, besides their results."""
+        return People(self.ledger.state)
 
     def tag(self) -> str:
         """Changes with every event of the ledger, and with the manifest."""

@@ -27,6 +27,7 @@ from lutetia.coordinator.web.api.documents import (
     ThroughputBin,
 )
 from lutetia.coordinator.web.api.history import AuthorHistory, History, samples_per_second, seconds_left
+from lutetia.coordinator.web.api.people import People
 from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
@@ -93,42 +94,45 @@ def shard_documents(status: SwarmStatus, manifest: Manifest, history: History, i
     return documents
 
 
-def peers_page(status: SwarmStatus, history: History, *, health: str | None, offset: int, limit: int) -> PeersPage:
+def peers_page(
+    status: SwarmStatus, history: History, people: People, *, health: str | None, offset: int, limit: int
+) -> PeersPage:
     """Peers that are online or have had a result decided, those with most accepted samples first."""
     nodes = {node.owner: node for node in status.nodes}
-    owners = set(nodes) | set(history.authors)
+    owners = set(nodes) | set(history.authors) | set(people.run.credit)
     if health is not None:
         owners = {owner for owner in owners if owner in nodes and nodes[owner].health == health}
     ranked = sorted(owners, key=lambda owner: (-_past(history, owner).samples, owner))
-    shown = tuple(peer_document(status, history, owner) for owner in ranked[offset : offset + limit])
+    shown = tuple(peer_document(status, history, people, owner) for owner in ranked[offset : offset + limit])
     return PeersPage(total=len(ranked), peers=shown)
 
 
-def find_owner(status: SwarmStatus, history: History, wanted: str) -> str | None:
+def find_owner(status: SwarmStatus, history: History, people: People, wanted: str) -> str | None:
     """The public key of the peer with this public key or peer id."""
-    for owner in (*(node.owner for node in status.nodes), *history.authors):
+    for owner in (*(node.owner for node in status.nodes), *history.authors, *people.run.credit):
         if wanted in (owner, peer_id_of(owner)):
             return owner
     return None
 
 
-def peer_document(status: SwarmStatus, history: History, owner: str) -> PeerDocument:
-    return PeerDocument(**_peer(status, history, owner))
+def peer_document(status: SwarmStatus, history: History, people: People, owner: str) -> PeerDocument:
+    return PeerDocument(**_peer(status, history, people, owner))
 
 
-def peer_history(status: SwarmStatus, history: History, owner: str) -> PeerHistoryDocument:
+def peer_history(status: SwarmStatus, history: History, people: People, owner: str) -> PeerHistoryDocument:
     past = _past(history, owner)
     return PeerHistoryDocument(
-        **_peer(status, history, owner), points=tuple(past.points), refused=tuple(past.refused),
+        **_peer(status, history, people, owner), points=tuple(past.points), refused=tuple(past.refused),
         superseded=tuple(past.superseded), audits=tuple(past.audits),
     )  # fmt: skip
 
 
-def _peer(status: SwarmStatus, history: History, owner: str) -> dict[str, Any]:
+def _peer(status: SwarmStatus, history: History, people: People, owner: str) -> dict[str, Any]:
     past = _past(history, owner)
     node = next((node for node in status.nodes if node.owner == owner), None)
     return {
-        "owner": owner, "peer_id": peer_id_of(owner), "node": node, "samples": past.samples, "accepted": past.accepted,
+        "owner": owner, "peer_id": peer_id_of(owner), "name": node.name if node else people.name(owner),
+        "credit": people.credit(owner, status.time), "node": node, "samples": past.samples, "accepted": past.accepted,
         "void": past.void, "invalid": past.invalid, "last_accepted": past.last_accepted, "quarantined": past.quarantined,
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.coordinator.credit.accounts import HALF_LIFE, ShardCredit, credit_in_flops
+from lutetia.coordinator.credit.copies import CopyKeeping
 from lutetia.coordinator.ledger.events import (
     AuditDone,
     AuditDue,
@@ -122,12 +123,13 @@ class Bookkeeper:
             target = 0
             self.write(ResetRecovered(time=self.now, shard=shard, term=ledger.term + 1))
         elif ledger.epoch and (target == 0 or target in known):
-            first = next((link for link in ledger.lineage if link.acceptance.epoch > target)).acceptance.checkpoint
+            first = next(link for link in ledger.lineage if link.acceptance.epoch > target).acceptance.checkpoint
+            dropped = ledger.epoch - target
             self.write(
                 LineageRolledBack(
-                    time=self.now, shard=shard, epoch=target, term=ledger.term + 1, dropped=ledger.epoch - target, checkpoint=first
+                    time=self.now, shard=shard, epoch=target, term=ledger.term + 1, dropped=dropped, checkpoint=first
                 )
-            )  # fmt: skip
+            )
         else:
             return
         for epoch in self.epochs:
@@ -215,3 +217,19 @@ def test_credit_is_shown_in_flops_of_each_shard_once_they_are_known():
     shown = credit_in_flops(mine, book.state.flops, book.now)
     assert shown.total == shown.epochs == SAMPLES * sum(FLOPS)
     assert 0 < shown.recent < shown.total / 7
+
+
+def test_copies_of_a_shard_are_worth_one_batch_an_hour_however_many_share_it():
+    keeping, hours = CopyKeeping(batch=8), 9
+    holders = {0: [peer.public_key for peer in PEERS[:3]], 1: [PEERS[0].public_key]}
+    written = []
+    for look in range(6 * hours + 1):
+        keeping.look(holders, START + 600.0 * look)
+        written.append(keeping.due(START + 600.0 * look))
+    written.append(keeping.due(START + 3600.0 * hours, last=True))
+    entries = [copy for event in written if event for copy in event.copies]
+    assert sum(copy.samples for copy in entries if copy.shard == 1) == 8 * hours
+    assert 0 <= 8 * hours - sum(copy.samples for copy in entries if copy.shard == 0) < 3
+    assert len([event for event in written if event]) == 2
+    keeping.look(holders, START + 1e7)
+    assert keeping.kept[PEERS[0].public_key, 1] == pytest.approx(8 / 6)  # nobody looked for long: ten minutes count

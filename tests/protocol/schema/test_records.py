@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.protocol.schema import records as r
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from tests.protocol.example_documents import COORDINATOR, NOW, PEER, STRANGER, records
 
@@ -137,3 +138,22 @@ def test_nodes_spread_over_all_buckets() -> None:
     run = "ab" * 32
     keys = {r.node_key(run, Identity.derived(f"node {i}").public_key) for i in range(400)}
     assert keys == set(r.node_keys(run))
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", "\u202egnp.exe", "a" * 33, " Ada", "Ada\n", "Аda", "🦊", "a\x1b[31m"]
+)
+def test_a_name_that_is_more_than_plain_text_is_left_out_and_the_record_kept(text: str) -> None:
+    record = records()["node"]
+    document = {**record.model_dump(mode="json"), "name": text}
+    signature = PEER.sign(r._signed_bytes(record.key(), NOW + 30, document))
+    named = opened(canonical({"record": document, "signature": signature}), "node")
+    assert isinstance(named, r.NodeRecord)
+    assert named.name == ""
+
+
+def test_a_record_without_a_name_is_written_as_before() -> None:
+    record = records()["node"]
+    assert isinstance(record, r.NodeRecord)
+    assert "name" not in json.loads(sealed("node"))["record"]
+    assert '"name":"Ada 2.0"' in r.seal(record.model_copy(update={"name": "Ada 2.0"}), PEER, NOW + 30).decode()

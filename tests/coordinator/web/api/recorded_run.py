@@ -69,7 +69,7 @@ def _empty_run(folder: Path, driver: JudgeDriver, online: int) -> RecordedRun:
         nodes = [
             NodeRecord(
                 run=driver.manifest.run_id, owner=peer.public_key, issued=driver.now, peer_id=peer.peer_id,
-                samples_per_second=3.0, software="0.1", state="training",
+                samples_per_second=3.0, software="0.1", state="training", name="Adas lab",
                 hardware=Hardware(device="cpu", memory_bytes=1, cores=2),
             )
             for peer in here

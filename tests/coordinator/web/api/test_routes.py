@@ -12,7 +12,7 @@ import schemathesis
 from hypothesis import given, settings
 from schemathesis.core.result import Ok
 
-from lutetia.coordinator.ledger.events import LineageRolledBack
+from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasured
 from lutetia.coordinator.web.api.answers import RequestLimit
 from lutetia.coordinator.web.api.documents import EventsPage, PeerHistoryDocument, PeersPage, RunDocument, SeriesDocument
 from lutetia.coordinator.web.app import build_app
@@ -57,6 +57,15 @@ async def test_peers_say_what_counted_and_what_did_not(run: RecordedRun) -> None
         assert (await client.get(f"{API}/peers/nobody")).status_code == 404
         none = PeersPage.model_validate_json((await client.get(f"{API}/peers?health=working")).content)
         assert none.total == 0
+
+
+async def test_peers_have_credit_in_flops_and_the_name_that_they_chose(run: RecordedRun) -> None:
+    run.write(SampleCostMeasured(time=run.driver.now, flops=(10, 1000)))
+    async with serving(run) as client:
+        page = PeersPage.model_validate_json((await client.get(f"{API}/peers")).content)
+    assert [peer.credit.total for peer in page.peers] == [4 * 1010, 40, 0]
+    assert [peer.name for peer in page.peers] == ["", "Adas lab", ""]
+    assert 0 < page.peers[0].credit.recent < page.peers[0].credit.total
 
 
 async def test_rollback_takes_samples_back(run: RecordedRun) -> None:
