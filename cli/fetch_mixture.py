@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from lutetia.models.mixing.layout import check_names
 from lutetia.protocol.light_client.blobs import fetch_blobs
 from lutetia.protocol.light_client.documents import fetch_document
 from lutetia.protocol.light_client.transfer import ArrivingFolder
-from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE
+from lutetia.protocol.rpc.introduction import MANIFEST, MIXTURE, MIXTURE_BY_DIGEST
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, first_problem, open_manifest
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import IntegrityError, UnreachableError, UsageError
@@ -34,30 +35,37 @@ def asked_at(ticket: Ticket, peers: Sequence[str]) -> Ticket:
         ) from error
 
 
-def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None]) -> MixtureDocument:
-    """Write the newest mixture of the ticket's run into `out`, whole or not at all.
+def fetch_mixture(
+    ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[[int, int], None], digest: str | None = None
+) -> MixtureDocument:
+    """Write a mixture of the ticket's run into `out`, whole or not at all.
 
     Args:
         ticket: the run, and the peers to ask.
         out: folder to make, or an earlier mixture to replace.
         timeout: seconds without progress after which to give up.
         on_bytes: (bytes so far, bytes in all).
+        digest: of the mixture, or at least the first 12 letters of it; None: the current one.
 
     Raises:
-        BootstrapError, UnreachableError: no peer serves it, or there is no mixture yet.
+        BootstrapError, UnreachableError: no peer serves it, or there is no such mixture.
         AuthorisationError: a signature is wrong.
         IntegrityError: bytes do not match their name, or the mixture could run other code than this package's pipeline.
-        UsageError: `out` holds something else.
+        UsageError: `out` holds something else, or `digest` is none.
         DiskError: `out` cannot be written.
     """
+    if digest is not None and not re.fullmatch(r"[0-9a-f]{12,64}", digest):
+        raise UsageError(
+            f"{digest} is no mixture's digest; give at least 12 of its 64 letters and digits, as logs and tables show"
+        )
     check_replaceable(out, (FILE,))
     manifest = open_manifest(
         fetch_document(ticket, MANIFEST, timeout, MAX_MANIFEST_BYTES), now=time.time(), run=ticket.run, owner=ticket.owner
     ).manifest
-    data = fetch_document(ticket, MIXTURE, timeout)
-    if not data:
-        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; see lutetia swarm status and try again later")
+    data = _description(ticket, digest, timeout)
     described = signed_document(read_description(data), manifest.coordinators, "that was offered")  # before any file is fetched
+    if digest and not described.digest.startswith(digest):
+        raise IntegrityError(f"mixture {described.digest[:12]} was offered in place of {digest[:12]}; ask another peer")
     if described.run != ticket.run:
         raise IntegrityError(f"the mixture that was offered is of run {described.run[:12]}, not {ticket.run[:12]}; ask again")
     files = described.known_files
@@ -75,6 +83,18 @@ def fetch_mixture(ticket: Ticket, out: Path, timeout: float, on_bytes: Callable[
         document = verify_mixture(folder, manifest.coordinators)
         replace_folder(folder, out)
     return document
+
+
+def _description(ticket: Ticket, digest: str | None, timeout: float) -> bytes:
+    if digest is None:
+        if data := fetch_document(ticket, MIXTURE, timeout):
+            return data
+        raise UnreachableError(f"run {ticket.run[:12]} has no mixture yet; see lutetia swarm status and try again later")
+    if data := fetch_document(ticket, MIXTURE_BY_DIGEST, timeout, name=digest):
+        return data
+    raise UnreachableError(
+        f"run {ticket.run[:12]} made no mixture {digest[:12]}, or several that begin so; its page lists all at /api/v1/mixtures"
+    )
 
 
 def read_description(data: bytes) -> SignedMixture:

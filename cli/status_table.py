@@ -184,6 +184,8 @@ def summary(status: SwarmStatus, now: float) -> str:
     if status.router:
         parts.append(f"router {100 * status.router.accuracy:.1f} % right, trained {ago(now - status.router.trained_at)} ago")
     parts.append(f"mixture {short(status.mixture, 12)}" if status.mixture else "no mixture yet")
+    if held := status.held_mixture:
+        parts.append(f"newest mixture {short(held.mixture, 12)} is not current: {held.text}")
     if status.done:
         parts.append("all budgets done")
     return "   ".join(parts)

@@ -123,6 +123,16 @@ class RunFolder:
         return self.root / "mixture"
 
     @property
+    def mixtures(self) -> Path:
+        """The signed descriptions of all mixtures that were made, by digest."""
+        return self.root / "mixtures"
+
+    @property
+    def next_mixture(self) -> Path:
+        """A mixture that was just made, until it is decided whether it becomes current."""
+        return self.root / "mixture.next"
+
+    @property
     def gallery(self) -> Path:
         return self.root / "gallery"
 

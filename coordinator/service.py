@@ -27,6 +27,8 @@ from lutetia.coordinator.lending.prepare import prepare_lending
 from lutetia.coordinator.lending.reserve import read_reserve
 from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
+from lutetia.coordinator.mixtures.archive import MixtureArchive
+from lutetia.coordinator.mixtures.stitcher import Stitcher
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
@@ -39,7 +41,6 @@ from lutetia.coordinator.runtime.operator_notes import OperatorNotes
 from lutetia.coordinator.runtime.recovery import SignedLineages, fetch_missing
 from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.coordinator.runtime.staging import restored_incoming
-from lutetia.coordinator.runtime.stitcher import Stitcher
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.web.api.source import RunSource
@@ -52,7 +53,15 @@ from lutetia.protocol.blobs.stream import BLOB, BlobServer
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.rpc.accepted_checkpoints import AcceptedService
-from lutetia.protocol.rpc.introduction import MIXTURE, STATUS, serve_document, serve_introduction, software_version
+from lutetia.protocol.rpc.introduction import (
+    MIXTURE,
+    MIXTURE_BY_DIGEST,
+    STATUS,
+    serve_document,
+    serve_introduction,
+    serve_named_document,
+    software_version,
+)
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity, peer_id_of, public_key_of
@@ -135,6 +144,8 @@ class Service:
                 self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs, parents,
                 self.settings.check_seconds, self.settings.keep_all_weights,
             )  # fmt: skip
+        self.archive = self._archive()
+        self.check_runner.mixture_blobs = self.archive.named_blobs
         self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
             self.transport, self.identity, lambda: self.judge_loop.rules, lambda: self.judge_loop.state.run
@@ -155,7 +166,7 @@ class Service:
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery and not self.lender,
-            self.settings.gallery_bytes,
+            self.archive, self.settings.gallery_bytes,
         )  # fmt: skip
         self.audit_service = AuditService(
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
@@ -220,6 +231,7 @@ class Service:
         await AcceptedService(self.transport, self.live).serve()
         await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
         await serve_document(self.transport, MIXTURE, self._mixture)
+        await serve_named_document(self.transport, MIXTURE_BY_DIGEST, lambda name: self.archive.find(name) or b"")
         lent = self.lender.lent_store if self.lender else lambda peer_id, digest: None
         await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload, lent).answer)
         await self.offer_service.serve()
@@ -241,6 +253,11 @@ class Service:
             lambda: free_auditors(self.swarm_monitor.view), lambda event: self.judge_loop.append(event),
             frozenset(self.settings.checkers),
         )  # fmt: skip
+
+    def _archive(self) -> MixtureArchive:
+        archive = MixtureArchive(self.folder.mixtures, self.blobs, self.ledger.stitched(), self.settings.kept_mixtures)
+        archive.open(self.folder.mixture, self.ledger.state.mixture and self.ledger.state.mixture.mixture)
+        return archive
 
     def _worker(self, name: str) -> WorkerClient:
         """Checks, mixtures, audits and proofs have a process each, started when needed, so that none waits for another."""

@@ -243,6 +243,11 @@ class ServeSettings(_Settings):
         description="Keep weights and traces of all accepted epochs for good, not only of each shard's last 64, which may still "
         "be audited or rolled back to",
     )
+    kept_mixtures: Count | None = Field(
+        default=None,
+        description="Mixtures whose files are kept, the newest ones and the current one; without it those of all mixtures that "
+        "were ever made. Descriptions of all are kept",
+    )
     blob_bytes_per_second: Positive | None = Field(
         default=None,
         description="Most bytes of blobs sent per second, to peers and HTTP clients together; without it no limit",

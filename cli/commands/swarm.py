@@ -72,17 +72,26 @@ def fetch(
             "FETCH_CHECKPOINTS", "Fetch the newest accepted checkpoints instead. Any peer has them, so no coordinator is needed."
         ),
     ] = False,
+    mixture: Annotated[
+        str | None,
+        setting(
+            "FETCH_MIXTURE", "Digest of a mixture that the run made earlier, or its first 12 letters; default: the current one."
+        ),
+    ] = None,
     peer: Annotated[
         list[str] | None, setting("FETCH_PEER", "Address of a peer to ask instead of the ticket's (see `lutetia status --json`).")
     ] = None,
     timeout: Annotated[float, setting("TIMEOUT", "Seconds without progress after which to give up.", min=0.1)] = 20.0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Fetch the run's newest mixture or checkpoints and verify their signatures."""
+    """Fetch the run's current mixture, an earlier one or the newest checkpoints, and verify their signatures."""
     from lutetia.cli.fetch_mixture import asked_at, fetch_mixture
     from lutetia.cli.progress import progress
+    from lutetia.system.errors import UsageError
 
     decoded = asked_at(read_ticket(ticket), peer or ())
+    if checkpoints and mixture:
+        raise UsageError("--mixture and --checkpoints ask for different things; give one of them")
     if checkpoints:
         from lutetia.cli.fetch_checkpoints import fetch_checkpoints
 
@@ -93,9 +102,9 @@ def fetch(
         emit(listed, as_json, lambda: f"{len(acceptances)} accepted checkpoints of run {decoded.run[:12]} are in {out}")
         return
     with progress("fetching the mixture") as on_progress:
-        mixture = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total))
-    document = {"folder": str(out), "mixture": mixture.digest, "run": mixture.run, "files": len(mixture.files)}
-    emit(document, as_json, lambda: f"mixture {mixture.digest[:12]} is in {out}; next: lutetia generate PROMPT --mixture {out}")
+        found = fetch_mixture(decoded, out, timeout, lambda done, total: on_progress("bytes", done, total), mixture)
+    document = {"folder": str(out), "mixture": found.digest, "run": found.run, "files": len(found.files)}
+    emit(document, as_json, lambda: f"mixture {found.digest[:12]} is in {out}; next: lutetia generate PROMPT --mixture {out}")
 
 
 @app.command("export")

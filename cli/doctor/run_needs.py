@@ -39,12 +39,13 @@ def coordinator_needs(manifest: Manifest) -> str:
 
     largest, kept = forecasts(manifest)[0], ServeSettings.model_fields["kept_states"].default
     results = len(manifest.shards) * kept_bytes(
-        largest.weights, largest.checkpoint - largest.weights, largest.epochs, kept, False
+        largest.weights, largest.checkpoint - largest.weights, largest.epochs, kept, None, manifest.adapter is not None
     )
     data = sum(shard.data_bytes or shard.train.size for shard in manifest.shards)
     return (
-        f"the coordinator's disk: up to {(results + data) / GB:.3g} GB, of which results {results / GB:.3g} GB (weights of each "
-        f"shard's last 64 epochs, training states of the last {kept}), and as much as the largest result for each that arrives"
+        f"the coordinator's disk: up to {(results + data) / GB:.3g} GB, of which results {results / GB:.3g} GB (weights of all "
+        f"epochs, which mixtures name, unless the setting kept_mixtures bounds these, and training states of the last {kept}), "
+        "and as much as the largest result for each that arrives"
     )
 
 

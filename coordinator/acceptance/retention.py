@@ -3,9 +3,11 @@
 - Weights and traces: as long as their epoch can still be audited or rolled back to, which is HISTORY epochs of each shard, or for
   good if the owner wants that.
 - Training states, several times as large: of each shard's last epochs, as many as the owner wants.
+- Weights that a kept mixture names: as long as it is kept (`coordinator/mixtures/archive.py`).
 - Of both: whatever a due audit begins or ends with, and whatever an undecided result names.
 
-So a shard takes at most HISTORY times its weights and a few times its state, however long the run lasts.
+So a shard takes a few times its training state and as many times its weights as mixtures name, and where their number is bounded
+(`kept_mixtures`) at most HISTORY times its weights more, however long the run lasts.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def blobs_of(record: CheckpointRecord) -> set[str]:
     return {ref.digest for ref in (record.weights, record.state, record.trace)}
 
 
-def kept_bytes(weights: int, state: int, epochs: int, kept_states: int, keep_all: bool) -> int:
+def kept_bytes(weights: int, state: int, epochs: int, kept_states: int, mixtures: int | None, copied: bool = False) -> int:
     """The most bytes that a shard's accepted results take on the coordinator's disk, traces aside.
 
     Args:
@@ -49,6 +51,9 @@ def kept_bytes(weights: int, state: int, epochs: int, kept_states: int, keep_all
         state: bytes of one epoch's training state.
         epochs: of the shard's budget.
         kept_states: as in `needed_blobs`.
-        keep_all: whether weights are kept for good.
+        mixtures: of how many mixtures the files are kept; None: of all, so that any epoch's weights may be needed.
+        copied: whether a mixture holds its experts in a form of its own, as it does for adapters.
     """
-    return weights * (epochs if keep_all else min(epochs, HISTORY)) + state * min(epochs, kept_states + 1)
+    named = epochs if mixtures is None else min(epochs, mixtures)
+    lasting = epochs if mixtures is None else min(epochs, HISTORY + mixtures)
+    return weights * (lasting + (named if copied else 0)) + state * min(epochs, kept_states + 1)

@@ -225,6 +225,7 @@ def _small_files(folder: RunFolder) -> list[Path]:
         folder.manifest, folder.ticket, folder.endpoint, folder.owner_key, folder.coordinator_key, folder.peers, folder.head,
         folder.holdouts_served, folder.reserve,
         folder.mixture / MIXTURE_FILE, *sorted((folder.root / "manifests").glob("*.json")),
+        *sorted(folder.mixtures.glob("*.json")), *sorted(folder.mixtures.glob("*.losses")),
     ]  # fmt: skip
     return [path for path in files if path.is_file()]
 

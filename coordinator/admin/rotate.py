@@ -16,6 +16,7 @@ from lutetia.coordinator.admin.upgrade import publish_version
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
+from lutetia.coordinator.mixtures.archive import renew_signatures
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
 from lutetia.models.mixing.description import SignedMixture, read_mixture
@@ -83,12 +84,13 @@ def settle_rotation(folder: RunFolder) -> None:
 
 
 def renew_mixture_signature(folder: RunFolder, state: RunState, coordinator: Identity) -> None:
-    """Sign the run's mixture with this key, if an earlier key signed it."""
+    """Sign the run's mixtures with this key, if an earlier key signed the current one."""
     path = folder.mixture / MIXTURE_FILE
     if not path.is_file() or state.mixture is None:
         return
     signed = read_mixture(folder.mixture)
     renewed = SignedMixture.sign(signed.mixture, coordinator.sign)
     if renewed != signed and signed.mixture.digest == state.mixture.mixture:
-        write_atomic(path, canonical(renewed))
+        renew_signatures(folder.mixtures, coordinator)
+        write_atomic(path, canonical(renewed))  # last: it shows that all are done
         _log.info("signed mixture %s with the new key", signed.mixture.digest[:12])

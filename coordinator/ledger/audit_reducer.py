@@ -41,6 +41,10 @@ class LedgerOutOfOrder(IntegrityError):
     """An event that cannot follow those before it, for instance a second acceptance of one epoch."""
 
 
+_NO_MIXTURE: Changes = {"mixture": None, "stitched": None, "held_back": 0}
+"""After a rollback: the mixtures so far hold a void epoch."""
+
+
 def shard_of(state: RunState, index: int) -> ShardLedger:
     """The shard of that index. Raises LedgerOutOfOrder when the run does not have it."""
     try:
@@ -137,7 +141,7 @@ def apply_acceptance_recovered(state: RunState, event: AcceptanceRecovered) -> C
     if (given.term, given.epoch) <= (shard.term, shard.epoch):
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be recovered on epoch {shard.epoch}")
     accepted = state.accepted + max(1, given.epoch - shard.epoch)
-    changes: Changes = {"mixture": None, "finished": False} if given.term > shard.term else {}
+    changes: Changes = {**_NO_MIXTURE, "finished": False} if given.term > shard.term else {}
     samples = trained_samples(shard, given)
     changes["credit"] = credit_accepted(state, given, samples, given.issued)
     shard = shard.updated(
@@ -157,7 +161,7 @@ def apply_reset_recovered(state: RunState, event: ResetRecovered) -> Changes:
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != event.shard}
     shards = state.shards.set(event.shard, ShardLedger(baseline=shard.baseline, term=event.term))
     credit = void_epochs(state, event.shard, shard.lineage, whole=True)
-    return {"shards": shards, "audits": audits, "mixture": None, "finished": False, "credit": credit}
+    return {"shards": shards, "audits": audits, **_NO_MIXTURE, "finished": False, "credit": credit}
 
 
 def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
@@ -181,7 +185,7 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if checkpoint not in gone}
     return {
-        "shards": state.shards.set(event.shard, shard), "audits": audits, "mixture": None, "finished": False, "credit": credit,
+        "shards": state.shards.set(event.shard, shard), "audits": audits, **_NO_MIXTURE, "finished": False, "credit": credit,
     }  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def sentence(event: Event) -> str:
         case RouterTrained():
             return f"router trained, accuracy {100 * event.accuracy:.1f} %, for epochs {list(event.epochs)}"
         case MixtureStitched():
-            return f"mixture {event.mixture[:12]} stitched from epochs {list(event.epochs)}"
+            made = f"mixture {event.mixture[:12]} stitched from epochs {list(event.epochs)}"
+            return f"{made}; it is {'' if event.current else 'not '}current: {event.text}" if event.text else made
         case RunFinished():
             return "run finished: every budget is done and the final mixture is stitched"
         case _:

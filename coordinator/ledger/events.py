@@ -330,7 +330,7 @@ class RouterTrained(_Event):
 
 
 class MixtureStitched(_Event):
-    """The mixture folder holds a new mixture."""
+    """A new mixture was made and is kept; if it is `current`, the mixture folder holds it."""
 
     kind: Literal["mixture-stitched"] = "mixture-stitched"
     epochs: _Epochs
@@ -338,6 +338,10 @@ class MixtureStitched(_Event):
         default=(), description="Term of each shard when stitching began; empty in ledgers of earlier versions."
     )
     mixture: Digest = Field(description="Digest of the mixture's description.")
+    current: bool = Field(default=True, description="Whether it is the run's mixture from now on, in place of the one before.")
+    text: Sentence = Field(default="", description="Why it is current or not, in words; empty in ledgers of earlier versions.")
+    loss: MeasuredLoss | None = Field(default=None, description="Its mean held-out loss; null: not measured.")
+    rows: Tally = Field(default=0, description="Held-out rows that it was measured on.")
 
 
 class RunFinished(_Event):

@@ -169,6 +169,12 @@ class Ledger:
             found = {digest for query in queries for (digest,) in self._connection.execute(query)}
         return found - {None}
 
+    def stitched(self) -> list[str]:
+        """Digests of all mixtures, oldest first. May be called from any thread."""
+        query = "SELECT event ->> '$.mixture' FROM events WHERE event ->> '$.kind' = 'mixture-stitched' ORDER BY id"
+        with self._writing, _sqlite_errors(self.path):
+            return [digest for (digest,) in self._connection.execute(query)]
+
     def has_accepted(self, checkpoint: str) -> bool:
         """Whether this checkpoint was ever accepted. Reads the whole file; may be called from any thread."""
         kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"

@@ -130,8 +130,10 @@ def _changes(state: RunState, event: Event) -> Changes:
             return apply_suspicion(state, event)
         case RouterTrained():
             return {"router": _router(state, event)}
+        case MixtureStitched(current=True):
+            return {"mixture": event, "stitched": event, "held_back": 0}
         case MixtureStitched():
-            return {"mixture": event}
+            return {"stitched": event, "held_back": state.held_back + 1}
         case RunFinished():
             return {"finished": True}
         case CoordinatorStarted() | CoordinatorStopped():

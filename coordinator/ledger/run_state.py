@@ -267,6 +267,8 @@ class Changes(TypedDict, total=False):
     flops: tuple[int, ...]
     router: RouterTrained | None
     mixture: MixtureStitched | None
+    stitched: MixtureStitched | None
+    held_back: int
     finished: bool
     audits: Mapping[str, PendingAudit]
     quarantined: Mapping[str, PeerQuarantined | QuarantineRecovered]
@@ -304,6 +306,11 @@ class RunState:
     """FLOPs of training one sample, by shard; empty: not measured yet."""
     router: RouterTrained | None = None
     mixture: MixtureStitched | None = None
+    """The current one."""
+    stitched: MixtureStitched | None = None
+    """The newest one, current or not."""
+    held_back: int = 0
+    """Mixtures that were made since the current one and are not current."""
     finished: bool = False
     audits: Mapping[str, PendingAudit] = field(default_factory=dict)
     """Those that are due, by checkpoint."""

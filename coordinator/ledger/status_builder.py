@@ -20,6 +20,7 @@ from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
 from lutetia.protocol.schema.status import (
     CheckStatus,
+    HeldMixtureStatus,
     NodeStatus,
     QuarantineStatus,
     RefusalStatus,
@@ -113,6 +114,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         nodes_not_shown=len(online) - len(nodes),
         router=_router_status(state),
         mixture=state.mixture.mixture if state.mixture else None,
+        held_mixture=_held_mixture(state),
         mixture_epochs=state.mixture.epochs if state.mixture else (),
         accepted=state.accepted,
         rejected=state.rejected,
@@ -282,6 +284,11 @@ def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sigh
     if covered is not None and now <= covered:
         return "working"
     return "starting" if now <= patience else "overdue"
+
+
+def _held_mixture(state: RunState) -> HeldMixtureStatus | None:
+    held = None if state.stitched is None or state.stitched.current else state.stitched
+    return held and HeldMixtureStatus(mixture=held.mixture, time=held.time, epochs=held.epochs, text=held.text)
 
 
 def _router_status(state: RunState) -> RouterStatus | None:

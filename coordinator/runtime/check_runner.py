@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -94,6 +94,7 @@ class NetworkCheckRunner:
         parent_worker: replays accepted epochs for which a doubted result waits; None: `audit_worker` does.
         check_seconds: what scoring one result may take; fewer held-out rows are scored where all would take longer.
         keep_all_weights: keep weights and traces of all accepted epochs for good.
+        mixture_blobs: digests of the blobs that mixtures name, which are kept.
     """
 
     transport: Transport
@@ -110,6 +111,7 @@ class NetworkCheckRunner:
     parent_worker: WorkerClient | None = None
     check_seconds: float = CHECK_SECONDS
     keep_all_weights: bool = False
+    mixture_blobs: Callable[[], Collection[str]] = field(default=tuple)
 
     def __post_init__(self) -> None:
         self._scores = RowScores(self.worker, self.check_seconds)
@@ -275,7 +277,7 @@ class NetworkCheckRunner:
     def forget(self, run: RunState) -> None:
         """Remove the blobs of accepted results that nothing needs any more. Blocks on the disk."""
         given = {spec.init.digest for spec in map(self.manifest.expert_of, range(len(self.manifest.shards))) if spec.init}
-        for digest in self.accepted - needed_blobs(run, self.kept_states) - given:
+        for digest in self.accepted - needed_blobs(run, self.kept_states) - given - set(self.mixture_blobs()):
             self.blobs.remove(digest)
             self.accepted.discard(digest)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 
 from lutetia.protocol.light_client.dial import dial
-from lutetia.protocol.rpc.framing import read_framed
+from lutetia.protocol.rpc.framing import framed, read_framed
 from lutetia.protocol.rpc.introduction import ACK
 from lutetia.protocol.schema.status import MAX_STATUS_BYTES
 from lutetia.protocol.schema.ticket import Ticket
@@ -24,7 +24,9 @@ class _Answer:
     failures: dict[str, str] = field(default_factory=dict)
 
 
-def fetch_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES) -> bytes:
+def fetch_document(
+    ticket: Ticket, protocol: str, timeout: float = 8.0, limit_bytes: int = MAX_STATUS_BYTES, name: str | None = None
+) -> bytes:
     """Ask all peers of the ticket at once and return the first answer.
 
     Args:
@@ -32,22 +34,25 @@ def fetch_document(ticket: Ticket, protocol: str, timeout: float = 8.0, limit_by
         protocol: Name of the document's stream.
         timeout: Seconds for each peer.
         limit_bytes: Longest document that is accepted.
+        name: What is asked for, on a stream of named documents.
 
     Raises BootstrapError when none answers; the text names every address with its reason.
     """
     answer = _Answer()
-    trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, answer)
+    trio.run(_ask_all, ticket.addresses, protocol, timeout, limit_bytes, name, answer)
     if answer.data is None:
         reasons = "; ".join(f"{address}: {reason}" for address, reason in answer.failures.items())
         raise BootstrapError(f"no peer of the ticket answered ({reasons}); check your network or get a new ticket")
     return answer.data
 
 
-async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, answer: _Answer) -> None:
+async def _ask_all(
+    addresses: tuple[str, ...], protocol: str, seconds: float, limit: int, name: str | None, answer: _Answer
+) -> None:
     async def ask(address: str) -> None:
         try:
             with trio.fail_after(seconds):
-                answer.data = await _ask(address, protocol, limit)
+                answer.data = await _ask(address, protocol, limit, name)
         except trio.TooSlowError:
             answer.failures[address] = f"no answer within {seconds:.0f} s"
         except ConnectionError as error:
@@ -60,9 +65,11 @@ async def _ask_all(addresses: tuple[str, ...], protocol: str, seconds: float, li
             nursery.start_soon(ask, address)
 
 
-async def _ask(address: str, protocol: str, limit: int) -> bytes:
+async def _ask(address: str, protocol: str, limit: int, name: str | None) -> bytes:
     async with dial(address) as connection:
         stream = await connection.open_stream(protocol)
+        if name is not None:
+            await stream.write(framed(name.encode()))
         document = await read_framed(stream.read_exactly, limit)
         await stream.write(ACK)
         await stream.close()

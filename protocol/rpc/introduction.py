@@ -23,7 +23,9 @@ HELLO_1 = "/lutetia/hello/1"
 MANIFEST = "/lutetia/manifest/1"
 STATUS = "/lutetia/status/1"
 MIXTURE = "/lutetia/mixture/1"
-"""The signed description of the last mixture (`mixture.json`), empty before the first. Its files are served as blobs."""
+"""The signed description of the current mixture (`mixture.json`), empty before the first. Its files are served as blobs."""
+MIXTURE_BY_DIGEST = "/lutetia/mixture/2"
+"""The signed description of the mixture that the request names by its digest or at least 12 first letters; empty: unknown."""
 PROTOCOL_VERSION = 2
 OLDEST_PROTOCOL = 1
 """Peers of this version and of all between are understood."""
@@ -31,6 +33,7 @@ ProtocolNumber = Annotated[int, Field(ge=0, le=1_000_000)]
 
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_HELLO_BYTES = 4096
+MAX_NAME_BYTES = 64
 SERVE_TIMEOUT = 30.0
 ACK = b"\x06"
 
@@ -76,6 +79,18 @@ async def serve_document(transport: Transport, protocol: str, produce: Callable[
         async with asyncio.timeout(SERVE_TIMEOUT):
             await write_message(stream, produce())
             await stream.read_exactly(1)  # closing before all of it has arrived could cut it short
+
+    await transport.serve(protocol, answer)
+
+
+async def serve_named_document(transport: Transport, protocol: str, produce: Callable[[str], bytes]) -> None:
+    """Like `serve_document`, of what the other side names in its request: a message of at most 64 bytes of ASCII."""
+
+    async def answer(stream: Stream) -> None:
+        async with asyncio.timeout(SERVE_TIMEOUT):
+            name = (await read_message(stream, MAX_NAME_BYTES)).decode("ascii", "replace")
+            await write_message(stream, await asyncio.to_thread(produce, name))
+            await stream.read_exactly(1)
 
     await transport.serve(protocol, answer)
 

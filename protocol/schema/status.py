@@ -127,6 +127,15 @@ class RouterStatus(TolerantDocument):
     calibration_error: Share | None = Field(default=None, description="Expected calibration error of its probabilities")
 
 
+class HeldMixtureStatus(TolerantDocument):
+    """The newest mixture, which did not become current."""
+
+    mixture: Digest = Field(description="Digest of its description")
+    time: Moment = Field(description="When it was made, in Unix seconds")
+    epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in it")
+    text: Sentence = Field(default="", description="Why it is not current, for people")
+
+
 class RefusalStatus(_CheckNamed):
     """A result that was not accepted."""
 
@@ -176,7 +185,10 @@ class SwarmStatus(TolerantDocument):
     )
     nodes_not_shown: Tally = Field(default=0, description="Further nodes that are online, for which the document has no room")
     router: RouterStatus | None = Field(default=None, description="The last router; null: none yet")
-    mixture: Digest | None = Field(default=None, description="Digest of the last stitched mixture's description")
+    mixture: Digest | None = Field(default=None, description="Digest of the current mixture's description")
+    held_mixture: HeldMixtureStatus | None = Field(
+        default=None, description="The newest mixture, if it is kept and not current; null: the newest is current"
+    )
     accepted: Tally = Field(default=0, description="Accepted results")
     rejected: Tally = Field(default=0, description="Results that were found invalid")
     events: Tally = Field(default=0, description="Events in the coordinator's ledger")
@@ -194,7 +206,7 @@ class SwarmStatus(TolerantDocument):
     quarantined: tuple[QuarantineStatus, ...] = Field(
         default=(), max_length=1024, description="The last quarantined peers, oldest first"
     )
-    mixture_epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in the last mixture")
+    mixture_epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in the current mixture")
     ledger: SignedHead | None = Field(default=None, description="Signed head of the coordinator's ledger at the last acceptance")
     finished: bool = Field(default=False, description="Whether every budget is done and the final mixture is stitched")
 

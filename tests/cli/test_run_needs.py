@@ -25,7 +25,7 @@ def test_needs_of_a_large_expert_are_named_in_gb():
     needed = forecast(manifest)
     assert needed.plain > 28e9 > 16e9 > needed.least
     assert needed.host == 4 * needed.trained
-    assert "of which results" in coordinator_needs(manifest)
+    assert "unless the setting kept_mixtures bounds these" in coordinator_needs(manifest)
 
 
 def test_large_experts_get_compact_checkpoints_unless_the_owner_says_otherwise():
@@ -36,9 +36,12 @@ def test_large_experts_get_compact_checkpoints_unless_the_owner_says_otherwise()
     assert checkpoint_form("float32", WAN_1_3B) == ("float32", "as set")
 
 
-@pytest.mark.parametrize(("epochs", "keep_all", "size"), [(10, False, 35), (100, False, 143), (100, True, 215)])
-def test_forecast_of_the_coordinators_disk_follows_the_rule(epochs: int, keep_all: bool, size: int):
-    assert kept_bytes(2, 3, epochs, 4, keep_all) == size
+@pytest.mark.parametrize(
+    ("epochs", "mixtures", "copied", "size"),
+    [(10, 1, False, 35), (100, 1, False, 145), (100, 9, False, 161), (100, None, False, 215), (100, None, True, 415)],
+)
+def test_forecast_of_the_coordinators_disk_follows_the_rule(epochs: int, mixtures: int | None, copied: bool, size: int):
+    assert kept_bytes(2, 3, epochs, 4, mixtures, copied) == size
 
 
 def test_run_that_cannot_be_reached_is_a_finding_with_its_exit_code():

@@ -27,7 +27,7 @@ from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import seal
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.system.errors import ConfigError, IdentityError, IntegrityError, UnreachableError
+from lutetia.system.errors import ConfigError, IdentityError, IntegrityError, UnreachableError, UsageError
 from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined, until
 from tests.coordinator.tiny_data import build_tiny
 
@@ -141,10 +141,10 @@ async def finished(peer: ScriptedNode) -> bool:
 
 
 def check_fetching(run: CreatedRun, out: Path) -> None:
-    """`swarm fetch` takes the files that a mixture needs, and refuses what a hostile coordinator signs."""
+    """`swarm fetch` takes the files that a mixture needs, by its digest, too, and refuses what a hostile coordinator signs."""
 
-    def fetch() -> set[str]:
-        fetch_mixture(Ticket.decode(run.ticket), out, 60.0, lambda done, total: None)
+    def fetch(digest: str | None = None) -> set[str]:
+        fetch_mixture(Ticket.decode(run.ticket), out, 60.0, lambda done, total: None, digest)
         verify_mixture(out, run.manifest.coordinators)
         return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
 
@@ -168,6 +168,15 @@ def check_fetching(run: CreatedRun, out: Path) -> None:
         fetch()
     assert (out / FILE).read_bytes() == before, "the mixture that was fetched before stays"
     served.write_bytes(signed)
+    earlier = [path.stem for path in (run.folder / "mixtures").glob("*.json") if path.stem != document.digest]
+    assert earlier, "several were stitched"
+    for digest in (earlier[0], document.digest[:12]):
+        fetch(digest)
+        assert read_mixture(out).mixture.digest.startswith(digest)
+    with pytest.raises(UnreachableError, match="made no mixture 0000"):
+        fetch("0" * 64)
+    with pytest.raises(UsageError, match="at least 12"):
+        fetch("xyz")
 
 
 def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:

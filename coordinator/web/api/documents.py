@@ -75,6 +75,17 @@ class MixturePoint(_Point):
 
     mixture: str = Field(description="Digest of its description")
     epochs: tuple[int, ...] = Field(description="Accepted epoch of each shard in it")
+    current: bool = Field(default=True, description="Whether it became the run's mixture when it was made")
+    loss: float | None = Field(default=None, description="Its mean held-out loss; null: not measured")
+    text: str = Field(default="", description="Why it became current or not, in words")
+
+
+class MixturesPage(Frozen):
+    """Mixtures that were made, newest first. Each stays addressable by its digest."""
+
+    mixtures: tuple[MixturePoint, ...] = Field(description="The mixtures")
+    current: str | None = Field(description="Digest of the run's mixture now; null: none")
+    next: int | None = Field(description="`before` of the next page; null: there is none")
 
 
 class Arrival(Frozen):
@@ -192,12 +203,13 @@ class MixtureFile(Frozen):
 
 
 class MixtureAnswer(Frozen):
-    """The present mixture: its files, which HTTP alone can fetch, and its signed description."""
+    """One mixture, by default the current one: its files, which HTTP alone can fetch, and its signed description."""
 
     digest: str = Field(description="Digest of the description")
     files: tuple[MixtureFile, ...] = Field(description="Its files, beside mixture.json")
     document: dict[str, Any] = Field(description="Contents of mixture.json: the description and the coordinator's signature")
-    history: tuple[MixturePoint, ...] = Field(description="All mixtures that were stitched, oldest first")
+    kept: bool = Field(description="Whether all its files are still kept here")
+    history: tuple[MixturePoint, ...] = Field(description="The last mixtures that were stitched, oldest first")
 
 
 class LossSeries(Frozen):

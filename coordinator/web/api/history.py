@@ -111,7 +111,11 @@ class History:
             case RouterTrained():
                 self.routers.append(_router(number, event))
             case MixtureStitched():
-                self.mixtures.append(MixturePoint(event=number, time=event.time, mixture=event.mixture, epochs=event.epochs))
+                point = MixturePoint(
+                    event=number, time=event.time, mixture=event.mixture, epochs=event.epochs, current=event.current,
+                    loss=event.loss, text=event.text,
+                )  # fmt: skip
+                self.mixtures.append(point)
             case _:
                 pass
 

@@ -15,6 +15,7 @@ from lutetia.coordinator.web.api.documents import (
     CheckpointsPage,
     EventsPage,
     MixtureAnswer,
+    MixturesPage,
     PeerHistoryDocument,
     PeersPage,
     RunDocument,
@@ -139,13 +140,23 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         return streams.open(origin_of(request), last_event(last_event_id, after, source.ledger.head[0]))
 
     @router.get("/mixture", response_model=MixtureAnswer, responses=_MISSING)
-    async def mixture(request: Request) -> Response:
-        """The present mixture, with the address of each of its files."""
+    async def mixture(request: Request, digest: Annotated[str | None, Query(max_length=64)] = None) -> Response:
+        """The current mixture, or the one with this digest (or its first 12 letters), with the address of each of its files."""
         history, status = await source.up_to_date(), source.status()
-        found = views.mixture_answer(source.folder.mixture, status.mixture, history)
+        found = views.mixture_answer(source.folder, digest or status.mixture, history)
         if found is None:
-            raise HTTPException(404, "no mixture was stitched yet")
+            raise HTTPException(404, "no mixture was stitched yet" if digest is None else "the run made no such mixture")
         return answers.answer(request, f"{source.tag()}-{found.digest[:16]}", lambda: found)
+
+    @router.get("/mixtures", response_model=MixturesPage)
+    async def mixtures(
+        request: Request, before: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None, limit: Limit = 100
+    ) -> Response:
+        """All mixtures that were made, newest first, current or not; `before` is an event's number."""
+        history, status = await source.up_to_date(), source.status()
+        return answers.answer(
+            request, live_tag(status), lambda: views.mixtures_page(history, status.mixture, before=before, limit=limit)
+        )
 
     @router.get("/metrics", response_model=SeriesDocument)
     async def metrics(request: Request) -> Response:

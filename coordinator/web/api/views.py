@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.log import LedgerRow
+from lutetia.coordinator.mixtures.archive import find_description
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.documents import (
     AcceptedPoint,
     Arrival,
@@ -18,6 +21,7 @@ from lutetia.coordinator.web.api.documents import (
     LossSeries,
     MixtureAnswer,
     MixtureFile,
+    MixturesPage,
     PeerDocument,
     PeerHistoryDocument,
     PeersPage,
@@ -28,15 +32,15 @@ from lutetia.coordinator.web.api.documents import (
 )
 from lutetia.coordinator.web.api.history import AuthorHistory, History, samples_per_second, seconds_left
 from lutetia.coordinator.web.api.people import People
-from lutetia.models.mixing.description import read_mixture
+from lutetia.models.mixing.description import SignedMixture
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.status import SwarmStatus
-from lutetia.system.errors import LutetiaError
 
 HOUR = 3600.0
 _DAY = 24 * HOUR
 _PACE_WINDOW = 6 * HOUR
+_LAST_MIXTURES = 1000
 
 
 def run_document(status: SwarmStatus, manifest: Manifest, history: History, ticket: str) -> RunDocument:
@@ -157,21 +161,30 @@ def event_lines(rows: Sequence[LedgerRow]) -> tuple[EventLine, ...]:
     return tuple(lines)
 
 
-def mixture_answer(folder: Path, digest: str | None, history: History) -> MixtureAnswer | None:
-    """The mixture in `folder`; None before the first, or while it cannot be read."""
-    if digest is None:
-        return None
+def mixture_answer(folder: RunFolder, name: str | None, history: History) -> MixtureAnswer | None:
+    """The mixture with the digest `name`, or these first letters of it; None if there is none, or it cannot be read."""
+    data = find_description(folder.mixtures, name) if name else None
     try:
-        signed = read_mixture(folder)
-    except LutetiaError:
+        signed = SignedMixture.model_validate_json(data) if data else None
+    except ValidationError:
         return None
+    if signed is None:
+        return None
+    stored = (folder.blobs / ref.digest[:2] / ref.digest for ref in signed.mixture.files.values())
     files = tuple(
         MixtureFile(path=name, digest=ref.digest, size=ref.size, url=f"/blobs/{ref.digest}")
         for name, ref in sorted(signed.mixture.files.items())
     )
     return MixtureAnswer(
-        digest=signed.mixture.digest, files=files, document=signed.model_dump(mode="json"), history=tuple(history.mixtures)
-    )
+        digest=signed.mixture.digest, files=files, document=signed.model_dump(mode="json"),
+        kept=all(path.is_file() for path in stored), history=tuple(history.mixtures[-_LAST_MIXTURES:]),
+    )  # fmt: skip
+
+
+def mixtures_page(history: History, current: str | None, *, before: int | None, limit: int) -> MixturesPage:
+    points = [point for point in reversed(history.mixtures) if before is None or point.event < before]
+    shown = tuple(points[:limit])
+    return MixturesPage(mixtures=shown, current=current, next=shown[-1].event if len(points) > limit else None)
 
 
 def series(status: SwarmStatus, history: History) -> SeriesDocument:

@@ -76,6 +76,10 @@ def run(tmp_path: Path) -> CreatedRun:
 
 
 def test_restored_run_equals_the_run(run: CreatedRun, tmp_path: Path):
+    described = RunFolder(run.folder).mixtures
+    described.mkdir()
+    for name in ("json", "losses"):
+        (described / f"{'a' * 64}.{name}").write_text(name)
     seen: list[tuple[int, int]] = []
     done = backup_run(run.folder, tmp_path / "backup", lambda stage, done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1] == done.copied == done.index.bytes
@@ -91,6 +95,7 @@ def test_restored_run_equals_the_run(run: CreatedRun, tmp_path: Path):
     assert held == BlobStore(old.holdouts).digests(), "still served to nobody"
     assert len(held) > len(run.manifest.shards), "with their parts"
     assert state_of(new) == state_of(old)
+    assert sorted(path.read_text() for path in new.mixtures.iterdir()) == ["json", "losses"], "all mixtures stay addressable"
     assert new.restored.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
     assert (tmp_path / "backup").stat().st_mode & 0o777 == 0o700, "it holds keys"

@@ -19,11 +19,12 @@ from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.status_builder import LiveView, status
+from lutetia.coordinator.mixtures.stitcher import next_step
 from lutetia.coordinator.runtime.check_runner import KEPT_STATES, NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
-from lutetia.coordinator.runtime.stitcher import next_step
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, ResetRecord
 from tests.coordinator.acceptance.judge_driver import (
     COORDINATOR,
@@ -50,9 +51,7 @@ def test_weights_and_traces_are_kept_as_long_as_their_epoch_counts(tmp_path: Pat
             )
         )  # fmt: skip
     for epoch in range(1, 7):
-        refs = [
-            [runner.incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace")] for runner in runners
-        ]
+        refs = [refs_of(runner, epoch) for runner in runners]
         records.append(c.accept(PEERS[0], weights=refs[0][0], state=refs[0][1], trace=refs[0][2]))
         if epoch > 1:
             c.finish_audit("valid")
@@ -63,6 +62,26 @@ def test_weights_and_traces_are_kept_as_long_as_their_epoch_counts(tmp_path: Pat
     traces = {record.epoch for record in records if record.trace.digest in set(runners[0].blobs.digests())}
     assert kept == [{4, 5, 6}, set(range(1, 7))]
     assert traces == {4, 5, 6}
+    runners[0].mixture_blobs = lambda: {records[3].weights.digest}
+    monkeypatch.setattr("lutetia.coordinator.ledger.reducer.HISTORY", 2)
+    records.append(c.accept(PEERS[0], **dict(zip(("weights", "state", "trace"), refs_of(runners[0], 7), strict=True))))
+    runners[0].keep(records[-1])
+    runners[0].forget(c.state.run)
+    held = set(runners[0].blobs.digests())
+    weights, traces = ({each.epoch for each in records if ref(each) in held} for ref in (weights_of, trace_of))
+    assert (weights, traces) == ({4, 6, 7}, {6, 7}), "a mixture names the weights of epoch 4"
+
+
+def refs_of(runner: NetworkCheckRunner, epoch: int) -> list[BlobRef]:
+    return [runner.incoming.add_bytes(f"{name}{epoch}".encode()) for name in ("weights", "state", "trace")]
+
+
+def weights_of(record: CheckpointRecord) -> str:
+    return record.weights.digest
+
+
+def trace_of(record: CheckpointRecord) -> str:
+    return record.trace.digest
 
 
 class _Named(WorkerClient):

@@ -12,14 +12,23 @@ import schemathesis
 from hypothesis import given, settings
 from schemathesis.core.result import Ok
 
-from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasured
+from lutetia.coordinator.ledger.events import LineageRolledBack, MixtureStitched, SampleCostMeasured
+from lutetia.coordinator.mixtures.archive import MixtureArchive
 from lutetia.coordinator.web.api.answers import RequestLimit
-from lutetia.coordinator.web.api.documents import EventsPage, PeerHistoryDocument, PeersPage, RunDocument, SeriesDocument
+from lutetia.coordinator.web.api.documents import (
+    EventsPage,
+    MixturesPage,
+    PeerHistoryDocument,
+    PeersPage,
+    RunDocument,
+    SeriesDocument,
+)
 from lutetia.coordinator.web.app import build_app
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.status import SwarmStatus
 from tests.coordinator.acceptance.judge_driver import PEERS
+from tests.coordinator.mixtures.test_archive import mixture
 from tests.coordinator.web.api.recorded_run import HOSTILE, STEP, RecordedRun, record_run, serving, write_galleries
 
 API = "/api/v1"
@@ -161,6 +170,39 @@ async def test_status_gallery_and_shards(run: RecordedRun) -> None:
         assert (await client.get(f"{API}/shards/1")).json() == shards[1]
         assert (await client.get(f"{API}/shards/9")).status_code == 404
         assert (await client.get(f"{API}/mixture")).status_code == 404
+
+
+async def test_every_mixture_is_listed_and_found_by_its_digest(run: RecordedRun, tmp_path: Path) -> None:
+    folder, digests = run.source.folder, []
+    archive = MixtureArchive(folder.mixtures, BlobStore(folder.blobs), [])
+    for number, current in enumerate((True, False)):
+        digests.append(mixture(tmp_path / "made", archive.blobs, number))
+        archive.add(tmp_path / "made")
+        state = run.driver.state.run
+        run.write(
+            MixtureStitched(
+                time=run.driver.now, epochs=state.accepted_epochs, terms=state.terms, mixture=digests[-1], current=current,
+                text="" if current else "worse", loss=0.5,
+            )
+        )  # fmt: skip
+    async with serving(run) as client:
+        page = MixturesPage.model_validate_json((await client.get(f"{API}/mixtures")).content)
+        assert [(each.mixture, each.current, each.text) for each in page.mixtures] == [
+            (digests[1], False, "worse"), (digests[0], True, ""),
+        ]  # fmt: skip
+        assert page.current == digests[0]
+        first = (await client.get(f"{API}/mixtures?limit=1")).json()
+        assert (await client.get(f"{API}/mixtures?before={first['next']}")).json()["mixtures"][0]["mixture"] == digests[0]
+        for query, digest in (
+            ("", digests[0]),
+            (f"?digest={digests[1]}", digests[1]),
+            (f"?digest={digests[1][:12]}", digests[1]),
+        ):
+            found = (await client.get(f"{API}/mixture{query}")).json()
+            assert (found["digest"], found["kept"]) == (digest, True)
+            assert (await client.get(found["files"][0]["url"])).status_code == 200
+        for wrong in ("0" * 64, "..%2F..%2Fticket", "*"):
+            assert (await client.get(f"{API}/mixture?digest={wrong}")).status_code == 404
 
 
 async def lines_of(answer: httpx.Response, count: int) -> list[dict[str, str]]:

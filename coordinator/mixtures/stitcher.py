@@ -1,7 +1,8 @@
 """Decides when to make a new mixture, and makes it: router, stitch and gallery, in a worker process of its own.
 
 The router tells the clusters' *data* apart and never sees an expert. So it is trained once, when the first result was accepted,
-and every later mixture uses it. Shards without an accepted result are left out.
+and every later mixture uses it. Shards without an accepted result are left out. Every mixture is kept by its digest; the one that
+`succession` makes current is in the mixture folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -18,17 +20,19 @@ from lutetia.coordinator.galleries import REAL, keep_gallery
 from lutetia.coordinator.holdouts import data_files, holdout_files
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.mixtures.archive import MixtureArchive
+from lutetia.coordinator.mixtures.succession import Succession, succession
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed
-from lutetia.coordinator.worker.messages import RouterReady, SampleGallery, StitchMixture, TrainRouter
+from lutetia.coordinator.worker.messages import MixtureReady, RouterReady, SampleGallery, StitchMixture, TrainRouter
 from lutetia.coordinator.worker.time_limits import patience_for
-from lutetia.models.mixing.description import read_mixture
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
+from lutetia.system.files import replace_folder
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool)
         return "nothing"
     if state.router is None and len(epochs) > 1:
         return "router"
-    if state.mixture is None or state.mixture.epochs != epochs:
+    if state.stitched is None or state.stitched.epochs != epochs:
         due = state.budgets_done or (when == "refresh" and rested)
         return "mixture" if due else "nothing"
     return "finish" if state.budgets_done and not state.finished and not state.audits else "nothing"
@@ -61,8 +65,9 @@ class Stitcher:
         worker: trains the router, stitches and samples.
         now: Unix seconds.
         when: after acceptances, at most every `refresh_seconds` ("refresh"), or once when all budgets are done ("end").
-        gallery: sample the manifest's prompts from each mixture.
+        gallery: sample the manifest's prompts from each mixture that becomes current.
         gallery_bytes: most bytes of the galleries of earlier mixtures.
+        archive: keeps all mixtures.
     """
 
     folder: RunFolder
@@ -75,6 +80,7 @@ class Stitcher:
     when: Literal["refresh", "end"]
     refresh_seconds: float
     gallery: bool
+    archive: MixtureArchive
     gallery_bytes: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _last: float = float("-inf")
@@ -89,7 +95,7 @@ class Stitcher:
             self._changed.clear()
             state = self.judge_loop.state.run
             if not self.folder.mixture.is_dir():
-                state = replace(state, mixture=None)  # restored from a backup without some of its files
+                state = replace(state, mixture=None, stitched=None)  # restored from a backup without some of its files
             step = next_step(state, when=self.when, rested=self.now() - self._last >= self.refresh_seconds)
             if step == "nothing":
                 with contextlib.suppress(TimeoutError):
@@ -97,8 +103,9 @@ class Stitcher:
                         await self._changed.wait()
                 continue
             try:
-                await self.judge_loop.append(*await self._make(step, state))
-                if step == "mixture" and self.gallery and self.manifest.sampling.prompts:
+                events = await self._make(step, state)
+                await self.judge_loop.append(*events)
+                if self.gallery and self.manifest.sampling.prompts and any(_becomes_current(event) for event in events):
                     await self._sample()
             except LutetiaError as error:  # blobs that only peers have yet, a full disk, a crash of the worker process
                 _log.warning("could not make the %s: %s; trying again in %.0f s", step, error, _RETRY_SECONDS)
@@ -131,21 +138,35 @@ class Stitcher:
         router = state.router
         accepted = [given for index in range(len(state.shards)) if (given := state.shards[index].acceptance)]
         job = StitchMixture(
-            folder=self.folder.mixture, accepted=tuple(accepted),
+            folder=self.folder.next_mixture, accepted=tuple(accepted),
             weights=tuple(self.blobs.path(acceptance.weights.digest) for acceptance in accepted),
             router=self.blobs.path(router.router.digest) if router else None,
         )  # fmt: skip
         size = sum(acceptance.weights.size for acceptance in accepted)
         answer = await self.worker.ask(job, limit=patience_for(size), sign=self._sign)
-        await asyncio.to_thread(self._offer_files)
         self._last, epochs = self.now(), state.accepted_epochs
-        _log.info("mixture %s stitched from epochs %s", answer.digest[:12], list(epochs))
-        return [MixtureStitched(time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest)]
+        decided = await asyncio.to_thread(self._settle, state, answer)
+        _log.info(
+            "mixture %s stitched from epochs %s; it is %scurrent: %s",
+            answer.digest[:12], list(epochs), "" if decided.current else "kept, and not ", decided.text,
+        )  # fmt: skip
+        return [
+            MixtureStitched(
+                time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest, current=decided.current,
+                text=decided.text,
+            )
+        ]  # fmt: skip
 
-    def _offer_files(self) -> None:
-        """Serve every file of the mixture as a blob; the experts' weights are served already."""
-        for name in read_mixture(self.folder.mixture).mixture.files:
-            self.blobs.add_file(self.folder.mixture / name)
+    def _settle(self, state: RunState, made: MixtureReady) -> Succession:
+        """Keep the new mixture, and make it the run's if it succeeds the current one. Blocks on the disk."""
+        self.archive.add(self.folder.next_mixture)
+        decided = succession(state, None, None)
+        if decided.current:
+            replace_folder(self.folder.next_mixture, self.folder.mixture)
+        else:
+            shutil.rmtree(self.folder.next_mixture)
+        self.archive.settle(made.digest if decided.current or state.mixture is None else state.mixture.mixture)
+        return decided
 
     def _sign(self, message: bytes) -> str:
         """Sign a mixture's description and nothing else: the worker process reads files of unknown peers."""
@@ -164,6 +185,10 @@ class Stitcher:
             await asyncio.to_thread(keep_gallery, self.folder, self.gallery_bytes)
         except LutetiaError as error:
             _log.warning("could not sample the gallery: %s", error)
+
+
+def _becomes_current(event: Event) -> bool:
+    return isinstance(event, MixtureStitched) and event.current
 
 
 def _router_event(now: float, epochs: tuple[int, ...], ref: BlobRef, report: RouterReady) -> RouterTrained:

@@ -15,9 +15,10 @@ import pytest
 
 from lutetia.coordinator.acceptance.messages import LedgerFacts
 from lutetia.coordinator.ledger.events import AcceptanceRecovered, MixtureStitched
+from lutetia.coordinator.mixtures import stitcher
+from lutetia.coordinator.mixtures.archive import MixtureArchive
+from lutetia.coordinator.mixtures.stitcher import Stitcher, next_step
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.runtime import stitcher
-from lutetia.coordinator.runtime.stitcher import Stitcher, next_step
 from lutetia.coordinator.worker.messages import Job, MixtureReady, StitchMixture
 from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture, read_mixture
 from lutetia.protocol.schema.canonical import canonical
@@ -59,9 +60,10 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
     """A run of one epoch of one shard, with its mixture made at the end."""
     async with intake(root, shards=1, epochs=1) as room:
         shop = StitchShop(manifest=room.manifest)
+        archive = MixtureArchive(RunFolder(root).mixtures, room.tools.blobs, [])
         stitcher = Stitcher(
             RunFolder(root), room.manifest, COORDINATOR, room.tools.blobs, room.bench,
-            shop, time.time, "end", 3600.0, False,  # pyright: ignore[reportArgumentType]
+            shop, time.time, "end", 3600.0, False, archive,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
         before = room.bench.changed
 
@@ -81,7 +83,7 @@ async def stitching_room(root: Path) -> AsyncIterator[tuple[Intake, StitchShop]]
 
 @pytest.mark.timeout(120)
 async def test_epoch_convicted_during_the_stitch_is_not_in_the_mixture(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level("INFO", "lutetia.coordinator.runtime.stitcher")
+    caplog.set_level("INFO", "lutetia.coordinator.mixtures.stitcher")
     async with stitching_room(tmp_path) as (room, shop):
         gate, room.tools.found = shop.gate("stitch", -1), "invalid"
         faked = made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("faked")))
@@ -139,7 +141,7 @@ class LogWatch(logging.Handler):
 async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stitcher, "_RETRY_SECONDS", 0.05)
     watch = LogWatch("could not make the mixture: blob ")
-    logging.getLogger("lutetia.coordinator.runtime.stitcher").addHandler(watch)
+    logging.getLogger("lutetia.coordinator.mixtures.stitcher").addHandler(watch)
     try:
         async with stitching_room(tmp_path) as (room, _):
             weights, state, trace = await room.peer(PEERS[0], *contents("lost"))
@@ -155,4 +157,4 @@ async def test_recovered_acceptance_is_stitched_once_its_weights_are_back(tmp_pa
             run = await room.until(lambda run: run.finished)
             assert run.mixture
     finally:
-        logging.getLogger("lutetia.coordinator.runtime.stitcher").removeHandler(watch)
+        logging.getLogger("lutetia.coordinator.mixtures.stitcher").removeHandler(watch)
