@@ -29,6 +29,7 @@ STUDIES = {
     "network-attacks": "benchmarks.attacks.network",
     "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
+    "teams": "benchmarks.teams.main",
 }
 NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))
 

@@ -1,0 +1,109 @@
+"""Which cells are trained, in an order of which every beginning is a usable table; later ones at the best rates so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from benchmarks.teams.arms import Cell, Result
+
+Done = Mapping[Cell, Result]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Cells of one size and batch that are compared with the same curve of one node.
+
+    Attributes:
+        size: name of the expert's size.
+        batch: samples per step of each node.
+        steps: steps one after another.
+        rates: learning rates that each arm is tried at, in multiples of the size's.
+        longer: multiples of `steps` that one node is trained for, at its best rate.
+        nodes: nodes of lanes and of the whole batch.
+        interval: steps between two merges of lanes.
+        parent: steps before, see `Cell`.
+    """
+
+    size: str
+    batch: int
+    steps: int
+    rates: tuple[float, ...]
+    longer: tuple[float, ...] = (2, 4, 0.5)
+    nodes: int = 4
+    interval: int = 50
+    parent: int = 0
+
+    def cell(self, arm: Literal["one", "whole", "lanes"], rate: float, seed: int) -> Cell:
+        team = {"one": {}, "whole": {"nodes": self.nodes}, "lanes": {"nodes": self.nodes, "interval": self.interval}}[arm]
+        return Cell(self.size, arm, self.batch, self.steps, rate, seed, parent=self.parent, **team)
+
+
+TINY_1, TINY_2, TINY_8 = (Block("0.16M", batch, 500, (1, 2, 4)) for batch in (1, 2, 8))
+MIDDLE_2, MIDDLE_8 = (Block("1.25M", batch, 300, (1, 2), longer=(2, 4)) for batch in (2, 8))
+LARGE_2, LARGE_8 = (
+    Block("21M", batch, 120, (0.5, 1, 2), longer=(2, 4), interval=40, parent=200) for batch in (2, 8)
+)  # fmt: skip
+ADAPTERS_2 = Block("adapters", 2, 300, (1, 2), longer=(2, 4))
+
+
+def grid(done: Done, sizes: frozenset[str], seeds: int) -> Iterator[Cell]:
+    """The cells in the order in which they are trained.
+
+    Args:
+        done: what is measured already; best rates are read off it.
+        sizes: names of the sizes that are wanted.
+        seeds: how many seeds the cells of 0.16 M get that decide.
+    """
+    return (cell for cell in _ordered(done, seeds) if cell.size in sizes)
+
+
+def _ordered(done: Done, seeds: int) -> Iterator[Cell]:
+    yield from compared(TINY_2, 0, done)
+    yield from compared(LARGE_2, 0, done)
+    yield from variants(TINY_2, done)
+    yield from compared(TINY_8, 0, done)
+    for seed in range(1, seeds):
+        yield from compared(TINY_2, seed, done)
+    yield from compared(MIDDLE_2, 0, done)
+    yield from compared(ADAPTERS_2, 0, done)
+    yield from variants(TINY_8, done)
+    yield from compared(TINY_1, 0, done)
+    for seed in range(1, seeds):
+        yield from compared(TINY_8, seed, done)
+        yield from compared(LARGE_2, seed, done)
+        yield from compared(MIDDLE_2, seed, done)
+    yield from compared(MIDDLE_8, 0, done)
+    yield from compared(LARGE_8, 0, done)
+
+
+def compared(block: Block, seed: int, done: Done) -> Iterator[Cell]:
+    """One node, lanes and the whole batch; the first seed tries all rates, the others train at its best ones."""
+    for arm in ("one", "lanes", "whole"):
+        for rate in block.rates if seed == 0 else (best_rate(block, arm, done),):
+            yield block.cell(arm, rate, seed)
+    one = block.cell("one", best_rate(block, "one", done), seed)
+    for multiple in block.longer:
+        yield replace(one, steps=round(block.steps * multiple))
+
+
+def variants(block: Block, done: Done) -> Iterator[Cell]:
+    """Lanes with other numbers of nodes, intervals and merges, and branches; at the best rate of four lanes."""
+    lanes = block.cell("lanes", best_rate(block, "lanes", done), 0)
+    yield replace(lanes, interval=10)
+    yield replace(lanes, interval=200)
+    yield replace(lanes, arm="branches", interval=0)
+    yield replace(lanes, moments="new")
+    yield replace(lanes, outer=(0.7, 0.9))
+    yield replace(lanes, outer=(0.7, 0.5))
+    yield replace(lanes, nodes=2)
+    yield replace(lanes, nodes=8)
+    yield replace(block.cell("whole", best_rate(block, "whole", done), 0), nodes=8)
+    yield replace(block.cell("one", best_rate(block, "one", done), 0), steps=8 * block.steps)
+
+
+def best_rate(block: Block, arm: Literal["one", "whole", "lanes"], done: Done) -> float:
+    """The rate at which the arm has its lowest loss with the first seed; the middle one while none is measured."""
+    losses = {rate: done[cell].loss for rate in block.rates if (cell := block.cell(arm, rate, 0)) in done}
+    return min(losses, key=losses.__getitem__) if losses else block.rates[len(block.rates) // 2]
