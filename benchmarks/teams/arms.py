@@ -184,5 +184,6 @@ def split(clips: TeamClips, children: int) -> tuple[NDArray[np.int64], NDArray[n
 
 def cell_of(values: Mapping[str, Any]) -> Cell:
     """The cell of a line of results."""
-    fields = {name: values[name] for name in Cell.__dataclass_fields__ if name in values}
-    return Cell(**fields | {"outer": tuple(values["outer"])})
+    fields: dict[str, Any] = {name: values[name] for name in Cell.__dataclass_fields__ if name in values}
+    fields["outer"] = tuple(fields["outer"])
+    return Cell(**fields)

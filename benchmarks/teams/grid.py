@@ -40,11 +40,10 @@ class Block:
         return Cell(self.size, arm, self.batch, self.steps, rate, seed, parent=self.parent, **team)
 
 
-TINY_1, TINY_2, TINY_8 = (Block("0.16M", batch, 500, (1, 2, 4)) for batch in (1, 2, 8))
+TINY_1, TINY_2 = Block("0.16M", 1, 500, (1, 2, 4)), Block("0.16M", 2, 500, (1, 2, 4))
+TINY_8 = Block("0.16M", 8, 500, (2, 4))
 MIDDLE_2, MIDDLE_8 = (Block("1.25M", batch, 300, (1, 2), longer=(2, 4)) for batch in (2, 8))
-LARGE_2, LARGE_8 = (
-    Block("21M", batch, 120, (0.5, 1, 2), longer=(2, 4), interval=40, parent=200) for batch in (2, 8)
-)  # fmt: skip
+LARGE_2, LARGE_8 = (Block("21M", batch, 80, (1, 2), longer=(2, 4), interval=20, parent=100) for batch in (2, 8))
 ADAPTERS_2 = Block("adapters", 2, 300, (1, 2), longer=(2, 4))
 
 
@@ -62,18 +61,18 @@ def grid(done: Done, sizes: frozenset[str], seeds: int) -> Iterator[Cell]:
 def _ordered(done: Done, seeds: int) -> Iterator[Cell]:
     yield from compared(TINY_2, 0, done)
     yield from compared(LARGE_2, 0, done)
-    yield from variants(TINY_2, done)
     yield from compared(TINY_8, 0, done)
+    yield from variants(TINY_2, done)
     for seed in range(1, seeds):
         yield from compared(TINY_2, seed, done)
     yield from compared(MIDDLE_2, 0, done)
     yield from compared(ADAPTERS_2, 0, done)
-    yield from variants(TINY_8, done)
     yield from compared(TINY_1, 0, done)
     for seed in range(1, seeds):
-        yield from compared(TINY_8, seed, done)
         yield from compared(LARGE_2, seed, done)
         yield from compared(MIDDLE_2, seed, done)
+        yield from compared(TINY_8, seed, done)
+    yield from variants(TINY_8, done)
     yield from compared(MIDDLE_8, 0, done)
     yield from compared(LARGE_8, 0, done)
 
@@ -92,14 +91,14 @@ def variants(block: Block, done: Done) -> Iterator[Cell]:
     """Lanes with other numbers of nodes, intervals and merges, and branches; at the best rate of four lanes."""
     lanes = block.cell("lanes", best_rate(block, "lanes", done), 0)
     yield replace(lanes, interval=10)
-    yield replace(lanes, interval=200)
+    yield replace(lanes, interval=250)
     yield replace(lanes, arm="branches", interval=0)
-    yield replace(lanes, moments="new")
     yield replace(lanes, outer=(0.7, 0.9))
-    yield replace(lanes, outer=(0.7, 0.5))
-    yield replace(lanes, nodes=2)
     yield replace(lanes, nodes=8)
+    yield replace(lanes, nodes=2)
+    yield replace(lanes, moments="new")
     yield replace(block.cell("whole", best_rate(block, "whole", done), 0), nodes=8)
+    yield replace(lanes, outer=(0.7, 0.5))
     yield replace(block.cell("one", best_rate(block, "one", done), 0), steps=8 * block.steps)
 
 

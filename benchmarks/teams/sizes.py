@@ -52,7 +52,7 @@ SIZES: Mapping[str, Size] = MappingProxyType(
     {
         "0.16M": Size(network(4, 16, 160, 2), 5e-3),
         "1.25M": Size(network(4, 32, 512, 4), 2.5e-3),
-        "21M": Size(network(8, 64, 1536, 5), 1e-3),
+        "21M": Size(network(8, 64, 1536, 5), 6e-4),
         "adapters": Size(network(4, 32, 512, 4), 5e-3, base_steps=1500),
         "toy": Size(network(2, 12, 32, 1), 5e-3),
     }
