@@ -5,9 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
+from lutetia.protocol.schema.fields import MOST_SHARDS
 from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord, ResetRecord
+
+
+def slot_of(shard: int, lane: int) -> int:
+    """The number of a slot: what a node claims, one lane of one shard. Slots of lane 0 have the numbers of their shards."""
+    return lane * MOST_SHARDS + shard
+
+
+def shard_and_lane(slot: int) -> tuple[int, int]:
+    """The shard of a slot, and its lane."""
+    lane, shard = divmod(slot, MOST_SHARDS)
+    return shard, lane
+
+
+@lru_cache(maxsize=16)
+def slots_of(shards: int, lanes: int) -> tuple[int, ...]:
+    """All slots of a run, in ascending order: lane 0 of every shard first."""
+    return tuple(slot_of(shard, lane) for lane in range(lanes) for shard in range(shards))
+
+
+def slot_name(slot: int) -> str:
+    """A slot in words."""
+    shard, lane = shard_and_lane(slot)
+    return f"lane {lane} of shard {shard}" if lane else f"shard {shard}"
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,10 @@ Stand = tuple[int, int, str | None]
 
 @dataclass(frozen=True)
 class ShardView:
-    """One shard as a peer sees it. `reset`: the term of a rollback to the beginning, after which there is no acceptance."""
+    """One shard as a peer sees it, or one slot of a run with lanes, whose number is then its `shard`.
+
+    `reset`: the term of a rollback to the beginning, after which there is no acceptance.
+    """
 
     shard: int
     claims: tuple[LiveClaim, ...] = ()
@@ -92,12 +119,31 @@ def free_shards(views: Iterable[ShardView], epochs: int, now: float) -> list[Sha
 
 
 def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float]) -> ShardView | None:
-    """The free shard that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
+    """The free slot that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
 
-    `fitness` maps shard to hardware fit × work left; shards of fitness 0 do not fit this node.
+    A lower lane comes before all that: joiners spread over shards first, then over their lanes. `fitness` maps a slot to
+    hardware fit × work left; slots of fitness 0 do not fit this node.
     """
     fitting = [view for view in free if fitness.get(view.shard, 0) > 0]
-    return min(fitting, key=lambda v: (-fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner)), default=None)
+    order = lambda v: (v.shard // MOST_SHARDS, -fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner))  # noqa: E731
+    return min(fitting, key=order, default=None)
+
+
+def lane_fitness(fitness: float, share: float, rate: float, samples: int, seconds: float) -> float:
+    """How well a lane fits a node that fits its shard: the share of an epoch that it would add within the time there is.
+
+    A node that cannot train the lane's share in time is late every time, so the lane does not fit it. Of the lanes that it can
+    train in time, the largest share is worth most.
+
+    Args:
+        fitness: that of the shard, 0 to 1.
+        share: of an epoch's samples that the lane trains.
+        rate: samples per second of the node; 0: not known, so that every share fits.
+        samples: of an epoch.
+        seconds: in which a lane's result has to be there.
+    """
+    late = rate > 0 and share * samples / rate > seconds
+    return 0.0 if late else fitness * share
 
 
 def latest_acceptance(records: Iterable[AcceptanceRecord | ResetRecord]) -> AcceptanceRecord | ResetRecord | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lutetia.protocol.claims import ShardView, shard_owner
+from lutetia.protocol.claims import ShardView, shard_and_lane, shard_owner
 
 IDLE = 2
 """Tenures without a rise of the reported samples after which a claim no longer counts."""
@@ -53,11 +53,17 @@ def observe_claims(known: Seen, view: ShardView, now: float, longest_gap: float)
         if old is None or now - old.seen > longest_gap or now < old.seen:
             watched[owner] = ClaimHistory(view.place, samples, now, now, now)
             continue
-        accepted = view.place != old.place and view.acceptance is not None and view.acceptance.author == owner
+        accepted = view.place != old.place and _accepted_work_of(view, owner)
         moved = accepted or samples > old.samples
         since, most = now if accepted else old.since, samples if view.place != old.place else max(samples, old.samples)
         watched[owner] = ClaimHistory(view.place, most, since, now if moved else old.moved, now)
     return watched
+
+
+def _accepted_work_of(view: ShardView, owner: str) -> bool:
+    """Whether the last acceptance is `owner`'s, or one that was merged from results of this lane among others."""
+    given = view.acceptance
+    return given is not None and (given.author == owner or shard_and_lane(view.shard)[1] in given.lanes)
 
 
 def without_stalled(seen: Seen, view: ShardView, reader: str | None, tenure: float, interval: int, now: float) -> ShardView:

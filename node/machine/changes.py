@@ -83,3 +83,4 @@ class WorkChanges(TypedDict, total=False):
     offers: int
     unjudged: int
     ahead: int
+    gathered: bool

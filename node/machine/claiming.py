@@ -9,7 +9,8 @@ from lutetia.node.machine.lease import own_shard_seen, start_sync
 from lutetia.node.machine.messages import Claim, LookAtShards, PublishClaim
 from lutetia.node.machine.state import Stage
 from lutetia.node.machine.transition import NodeTransition
-from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous
+from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, slot_name
+from lutetia.protocol.schema.fields import MOST_SHARDS
 from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe_claims, without_stalled
 
 WAVE = 16
@@ -52,7 +53,7 @@ def _watched_shards(transition: NodeTransition) -> Iterable[int]:
     """In ascending order. Other standbys watch the remaining shards, and our views of those may be old."""
     state = transition.state
     if state.watched_shards is None or transition.now >= state.watched_until:
-        return range(transition.rules.shards)
+        return transition.rules.slots
     return sorted(state.watched_shards)
 
 
@@ -89,7 +90,7 @@ def _choose(transition: NodeTransition) -> None:
     if best is not None:
         delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
         transition.set(target=best.shard, stage="delay", settle_rounds=0, act_at=now + delay, to_look=())
-        transition.enter("claiming", f"shard {best.shard} is free")
+        transition.enter("claiming", f"{slot_name(best.shard)} is free")
         return
     transition.set(look_at=now if guessed or state.to_look else _next_look(transition, views))
     transition.explain(_why_idle(transition, views))
@@ -112,13 +113,14 @@ def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
     if state.disk_full_since is not None:
         return "the disk is full; free some space"
     rules = transition.rules
-    if len(state.views) == rules.shards and all(view.epoch >= rules.epochs for view in state.views.values()):
+    if len(state.views) == len(rules.slots) and all(view.epoch >= rules.epochs for view in state.views.values()):
         return "the run is complete; serving its checkpoints"
     if state.watched_shards is not None and not state.watched_shards:
         return "other standbys watch all shards; standing by"
     if state.to_look:
         return f"no free shard found so far; looking at {len(state.to_look)} more"
-    return "every shard has a holder; standing by" if views else "no shard is open to this node; standing by"
+    what = "every lane of every shard" if rules.team else "every shard"
+    return f"{what} has a holder; standing by" if views else "no shard is open to this node; standing by"
 
 
 def _next_look(transition: NodeTransition, views: list[ShardView]) -> float:
@@ -149,16 +151,17 @@ def look_at_due_shards(transition: NodeTransition) -> None:
 
 
 def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
-    """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread."""
+    """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread.
+
+    The lanes above the first follow in one row: looked at lane by lane, a large run would take a newcomer minutes.
+    """
     state, rules = transition.state, transition.rules
-    return tuple(
-        sorted(
-            shards,
-            key=lambda shard: (
-                shard not in state.remembered, -state.fitness.get(shard, 0.0), rendezvous(rules.run, shard, 0, rules.owner)
-            ),
-        )
-    )  # fmt: skip
+
+    def order(shard: int) -> tuple[bool, bool, float, int]:
+        place = rendezvous(rules.run, shard, 0, rules.owner)
+        return shard not in state.remembered, shard >= MOST_SHARDS, -state.fitness.get(shard, 0.0), place
+
+    return tuple(sorted(shards, key=order))
 
 
 def _looks_due(transition: NodeTransition, now: float, soon: float) -> tuple[int, ...]:
@@ -201,7 +204,9 @@ def _target_seen(transition: NodeTransition, view: ShardView) -> None:
     if state.stage == "check":
         if not free_shards([_without_own_claim(transition, view)], rules.epochs, now):
             done = view.epoch >= rules.epochs
-            _back_to_idle(transition, f"shard {view.shard} is done" if done else f"another peer claimed shard {view.shard} first")
+            _back_to_idle(
+                transition, f"{slot_name(view.shard)} is done" if done else f"another peer claimed {slot_name(view.shard)} first"
+            )
             return
         transition.set(stage="settle", act_at=now + rules.propagation, renewed_at=now)
         transition.do(PublishClaim(Claim(view.shard, view.epoch, 0, "claiming")))
@@ -215,7 +220,7 @@ def _target_seen(transition: NodeTransition, view: ShardView) -> None:
             transition.set(stage="settle", settle_rounds=state.settle_rounds + 1, act_at=now + rules.propagation)
         else:
             transition.do(PublishClaim(Claim(view.shard, view.epoch, 0, "released")))
-            _back_to_idle(transition, f"lost shard {view.shard} to a simultaneous claim")
+            _back_to_idle(transition, f"lost {slot_name(view.shard)} to a simultaneous claim")
 
 
 def _back_to_idle(transition: NodeTransition, why: str) -> None:

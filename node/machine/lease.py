@@ -14,7 +14,7 @@ from lutetia.node.machine.messages import (
 )
 from lutetia.node.machine.state import ShardWork
 from lutetia.node.machine.transition import NodeTransition
-from lutetia.protocol.claims import LiveClaim, ShardView, Stand
+from lutetia.protocol.claims import LiveClaim, ShardView, Stand, shard_and_lane, slot_name
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.stalled_claims import current_holder
 
@@ -26,7 +26,7 @@ def start_sync(transition: NodeTransition, shard: int, known: Stand = (0, 0, Non
     view = transition.state.views.get(shard) or ShardView(shard)
     term, epoch, checkpoint = known if known[:2] >= view.place else view.stand
     transition.set(work=ShardWork(shard, epoch, checkpoint, term=term, trainer_epoch=epoch), renew_at=transition.now)
-    transition.enter("syncing", f"fetching shard {shard} at epoch {epoch}")
+    transition.enter("syncing", f"fetching {slot_name(shard)} at epoch {epoch}")
     transition.do(Sync(shard, epoch, checkpoint))
 
 
@@ -47,7 +47,7 @@ def release(transition: NodeTransition, *, save: bool) -> None:
 def give_up(transition: NodeTransition, why: str, *, save: bool, seconds: float) -> None:
     """Release the shard and avoid it for `seconds`. `save`: keep the local work on disk."""
     transition.set(avoided_until={**transition.state.avoided_until, transition.work.shard: transition.now + seconds})
-    transition.warn(f"giving up shard {transition.work.shard}: {why}")
+    transition.warn(f"giving up {slot_name(transition.work.shard)}: {why}")
     to_idle(transition, why, save=save)
 
 
@@ -70,7 +70,7 @@ def shard_synced(transition: NodeTransition, event: SyncDone) -> None:
         return  # the answer to an earlier request
     transition.set_work(pending=event.pending, sync_failures=0, sync_at=None, restart_at=transition.now, offer_at=transition.now)
     transition.set(remembered=transition.state.remembered | {event.shard})
-    transition.enter("training", f"training shard {event.shard} from epoch {transition.work.newest}")
+    transition.enter("training", f"training {slot_name(event.shard)} from epoch {transition.work.newest}")
 
 
 def sync_failed(transition: NodeTransition, event: SyncFailed) -> None:
@@ -78,7 +78,7 @@ def sync_failed(transition: NodeTransition, event: SyncFailed) -> None:
     if transition.state.phase != "syncing" or not work or work.shard != event.shard:
         return
     failures = work.sync_failures + 1
-    transition.warn(f"could not fetch shard {event.shard}: {event.reason}")
+    transition.warn(f"could not fetch {slot_name(event.shard)}: {event.reason}")
     if failures >= transition.rules.crash_limit:
         give_up(transition, f"fetching failed {failures} times", save=True, seconds=transition.rules.lease)
     else:
@@ -103,7 +103,7 @@ def own_shard_seen(transition: NodeTransition) -> None:
         if lapsed or holder != rules.owner:
             _follow(transition, view, resync=False)
             if transition.state.work:
-                to_idle(transition, f"shard {work.shard} has another owner", save=work.shard in transition.state.remembered)
+                to_idle(transition, f"{slot_name(work.shard)} has another owner", save=work.shard in transition.state.remembered)
             return
     if work.checking and state.disk_full_since is None:  # the shard is still free: renew the lease
         transition.set_work(checking=False)
@@ -135,21 +135,38 @@ def _follow(transition: NodeTransition, view: ShardView, *, resync: bool) -> Non
     transition.set_work(term=term)
     if (epoch, checkpoint) == (work.epoch, work.checkpoint):
         return
+    if term == before and transition.rules.team and work.epoch < epoch:
+        _merged(transition, epoch)
+        return
     if checkpoint and any((c.epoch, c.digest) == (epoch, checkpoint) for c in work.pending):
         own_accepted(transition, epoch, checkpoint)
         return
     if term > before:
-        transition.warn(f"shard {work.shard} was rolled back to epoch {epoch}; newer local work is discarded")
+        transition.warn(f"{slot_name(work.shard)} was rolled back to epoch {epoch}; newer local work is discarded")
     elif transition.state.phase == "syncing" and not work.pending:
-        transition.info(f"shard {work.shard} is at epoch {epoch} now")
+        transition.info(f"{slot_name(work.shard)} is at epoch {epoch} now")
     else:
-        transition.warn(f"epoch {epoch} of shard {work.shard} was accepted from another peer; local work on it is discarded")
+        transition.warn(f"epoch {epoch} of {slot_name(work.shard)} was accepted from another peer; local work on it is discarded")
     discard_work(transition, min(epoch, work.epoch))
     if transition.state.phase == "draining" or not work.owned:
         release(transition, save=False)
     elif resync and term == before:
         _overtaken(transition)
     elif resync:
+        start_sync(transition, work.shard)
+
+
+def _merged(transition: NodeTransition, epoch: int) -> None:
+    """The lanes were merged, with or without our own result: go on from the new epoch."""
+    work = transition.work
+    late = "" if work.gathered else ", without the result of this node"
+    transition.info(f"the lanes of shard {shard_and_lane(work.shard)[0]} were merged into epoch {epoch}{late}")
+    discard_work(transition, work.epoch)
+    if epoch >= transition.rules.epochs:
+        to_idle(transition, f"{slot_name(work.shard)} is done", save=False)
+    elif transition.state.phase == "draining" or not work.owned:
+        release(transition, save=False)
+    else:
         start_sync(transition, work.shard)
 
 
@@ -185,5 +202,5 @@ def own_accepted(transition: NodeTransition, epoch: int, digest: str) -> None:
     transition.set(
         rejections={**transition.state.rejections, work.shard: 0}, overtaken={**transition.state.overtaken, work.shard: 0}
     )
-    transition.info(f"epoch {epoch} of shard {work.shard} was accepted")
+    transition.info(f"epoch {epoch} of {slot_name(work.shard)} was accepted")
     transition.do(CheckpointsSuperseded(work.shard, epoch))

@@ -1,4 +1,8 @@
-"""Events (input, each with its time in Unix seconds) and actions (output) of the node's state machine."""
+"""Events (input, each with its time in Unix seconds) and actions (output) of the node's state machine.
+
+In a run with lanes a number of a shard is that of a slot, one lane of a shard (`protocol.claims.slot_of`). Hardware is probed for
+shards.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Literal
 from lutetia.protocol.claims import ShardView
 
 Verb = Literal["pause", "resume", "finish", "leave"]
-Verdict = Literal["queued", "busy", "accepted", "superseded", "invalid", "quarantined", "inconclusive", "unreachable"]
+Verdict = Literal["queued", "busy", "accepted", "gathered", "superseded", "invalid", "quarantined", "inconclusive", "unreachable"]
 Exit = Literal["stopped", "crash", "out-of-memory", "disk-full", "bad-shard", "bad-state", "hardware"]
 
 
@@ -52,10 +56,11 @@ class NetworkBack:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """Result of the hardware probe: shard -> fitness in 0..1 (0: does not fit)."""
+    """Result of the hardware probe: shard -> fitness in 0..1 (0: does not fit). `rate`: samples per second; 0: not known."""
 
     now: float
     fitness: Mapping[int, float]
+    rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lutetia.node.machine.messages import Claim, OwnCheckpoint
-from lutetia.protocol.claims import ShardView, Stand, rendezvous
+from lutetia.protocol.claims import ShardView, Stand, lane_fitness, rendezvous, slot_of, slots_of
 from lutetia.protocol.schema.manifest import Manifest, lease_seconds
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.records import NodeState
 from lutetia.protocol.stalled_claims import Seen
 from lutetia.system.retry import backoff
@@ -65,16 +66,35 @@ class NodeRules:
     tenure: float = 600.0
     interval: int = 1
     """Samples per epoch."""
+    team: TeamSpec | None = None
+    """Lanes of the run. Then numbers of shards in states, events and actions are slots (`protocol.claims.slot_of`)."""
 
     @classmethod
     def of(cls, manifest: Manifest, owner: str) -> NodeRules:
         """Rules of a run for peer `owner`. Propagation delay: a twentieth of the heartbeat, at least 0.25 s, at most 2 s."""
         heartbeat = manifest.timing.heartbeat
+        waits: dict[str, int] = {"max_pending": 1, "max_ahead": 1} if manifest.team else {}  # the next epoch begins at the merge
         return cls(
             run=manifest.run_id, owner=owner, shards=len(manifest.shards), epochs=manifest.epochs,
             heartbeat=heartbeat, propagation=min(2.0, max(0.25, heartbeat / 20)),
             tenure=max(manifest.timing.tenure, manifest.timing.lease), interval=manifest.checkpoint_samples,
+            team=manifest.team, **waits,
         )  # fmt: skip
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """What a node can claim: the lanes of all shards; without lanes the shards."""
+        return slots_of(self.shards, self.team.lanes if self.team else 1)
+
+    def slot_fitness(self, fitness: Mapping[int, float], rate: float) -> Mapping[int, float]:
+        """Slot -> fitness, from that of its shard and the node's samples per second."""
+        if self.team is None:
+            return fitness
+        return {
+            slot_of(shard, lane): lane_fitness(value, self.team.share(lane), rate, self.interval, self.team.deadline)
+            for shard, value in fitness.items()
+            for lane in range(self.team.lanes)
+        }
 
     @property
     def lease(self) -> float:
@@ -137,6 +157,8 @@ class ShardWork:
     """Inconclusive verdicts on the oldest pending result."""
     ahead: int = 0
     """Own checkpoints that may wait because no coordinator answers; 0: one answers."""
+    gathered: bool = False
+    """The result of this lane is accepted, and waits for the merge with those of other lanes."""
 
     @property
     def stand(self) -> Stand:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lutetia.node.machine.lease import discard_work, give_up, own_accepted, release, start_sync
 from lutetia.node.machine.messages import LookAtShards, OfferAnswered
 from lutetia.node.machine.transition import NodeTransition
+from lutetia.protocol.claims import slot_name
 from lutetia.system.retry import backoff
 
 
@@ -20,6 +21,11 @@ def offer_answered(transition: NodeTransition, event: OfferAnswered) -> None:
         case "accepted":
             own_accepted(transition, head.epoch, head.digest)
             transition.do(LookAtShards((work.shard,)))
+        case "gathered":
+            transition.set_work(offer_at=transition.now + rules.lease * jitter, gathered=True, unjudged=0)
+            transition.set(rejections={**transition.state.rejections, work.shard: 0})
+            if transition.state.phase == "draining" or not work.owned:  # nothing of this node is left to be decided
+                transition.set_work(pending=())
         case "invalid":
             _rejected(transition, event.text)
         case "quarantined":
@@ -54,7 +60,7 @@ def _not_judged(transition: NodeTransition, text: str) -> None:
 def _leave_to_others(transition: NodeTransition, why: str, *, save: bool) -> None:
     """Release the shard, and take no other for a while."""
     long = 10 * transition.rules.lease
-    transition.set(avoided_until=dict.fromkeys(range(transition.rules.shards), transition.now + long))
+    transition.set(avoided_until=dict.fromkeys(transition.rules.slots, transition.now + long))
     give_up(transition, why, save=save, seconds=long)
 
 
@@ -63,7 +69,7 @@ def _rejected(transition: NodeTransition, text: str) -> None:
     work, rules = transition.work, transition.rules
     head, count = work.pending[0], transition.state.rejections.get(work.shard, 0) + 1
     transition.set(rejections={**transition.state.rejections, work.shard: count})
-    transition.warn(f"the checkpoint of epoch {head.epoch} of shard {work.shard} was refused: {text}")
+    transition.warn(f"the checkpoint of epoch {head.epoch} of {slot_name(work.shard)} was refused: {text}")
     discard_work(transition, work.epoch)
     if count >= rules.rejection_limit:
         give_up(transition, f"{count} checkpoints in a row were refused, last: {text}", save=False, seconds=10 * rules.lease)

@@ -17,8 +17,10 @@ from lutetia.node.machine.messages import (
 )
 from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
+from lutetia.protocol.claims import slot_name
 
 _WAITS = "training waits until one is accepted"
+_GATHERED = "training goes on with the merged epoch"
 _HEALTHY = 600.0
 """Seconds. A trainer that ran longer than this resets the count of crashes."""
 
@@ -75,7 +77,7 @@ def _trainer_failed(transition: NodeTransition, reason: Exit, text: str) -> None
     elif reason == "bad-state":
         leaving = transition.state.phase == "draining"
         then = "it cannot be offered" if leaving else "starting from the accepted state"
-        transition.warn(f"the local state of shard {work.shard} is unusable: {text}; {then}")
+        transition.warn(f"the local state of {slot_name(work.shard)} is unusable: {text}; {then}")
         transition.do(DiscardWork(work.shard, None))
         if leaving:
             release(transition, save=False)
@@ -96,7 +98,7 @@ def manifest_changed(transition: NodeTransition, training: bool) -> None:
     if work and training and work.trainer == "on":
         transition.set_work(handover_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
     if work and transition.state.phase == "publishing" and work.may_train(transition.rules):
-        transition.enter("training", f"the epoch budget was raised: training shard {work.shard} further")
+        transition.enter("training", f"the epoch budget was raised: training {slot_name(work.shard)} further")
 
 
 def _until(transition: NodeTransition) -> int:
@@ -175,11 +177,13 @@ def _explain_waiting(transition: NodeTransition) -> None:
     if transition.state.phase != "training" or work.newest >= transition.rules.epochs:
         return
     waits = work.trainer == "on" and work.waiting and not work.may_train(transition.rules)
-    if waits:
+    if waits and work.gathered:
+        transition.explain(f"its result of {slot_name(work.shard)} is accepted and waits for the merge of the lanes; {_GATHERED}")
+    elif waits:
         who = "no coordinator answers" if work.ahead else "the coordinator has not judged them"
         transition.explain(f"{len(work.pending)} checkpoints wait for acceptance, and {who}; {_WAITS}")
-    elif transition.state.why.endswith(_WAITS):
-        transition.explain(f"training shard {work.shard} from epoch {work.newest}")
+    elif transition.state.why.endswith((_WAITS, _GATHERED)):
+        transition.explain(f"training {slot_name(work.shard)} from epoch {work.newest}")
 
 
 def _finish_shard(transition: NodeTransition) -> None:
@@ -187,6 +191,6 @@ def _finish_shard(transition: NodeTransition) -> None:
     work, epochs = transition.work, transition.rules.epochs
     if work.epoch >= epochs:
         transition.do(DiscardWork(work.shard, work.epoch))
-        to_idle(transition, f"shard {work.shard} is done", save=False)
+        to_idle(transition, f"{slot_name(work.shard)} is done", save=False)
     elif work.newest >= epochs and work.trainer == "off" and transition.state.phase == "training":
-        transition.enter("publishing", f"shard {work.shard} is trained; waiting for its last checkpoints to be accepted")
+        transition.enter("publishing", f"{slot_name(work.shard)} is trained; waiting for its last checkpoints to be accepted")

@@ -36,6 +36,7 @@ class OfferReply(WireDocument):
         queued: It waits for its checks or is being checked.
         busy: Offer it again after `retry_after` seconds.
         accepted: It is the newest epoch of its shard, or was.
+        gathered: It is the result of its lane, and is merged with those of other lanes; only in runs with lanes.
         superseded: Another result was accepted for this epoch; sync and continue from that one.
         invalid: Refused for good.
         inconclusive: It could not be checked, for instance because its blobs could not be fetched.
@@ -43,7 +44,7 @@ class OfferReply(WireDocument):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    verdict: Literal["queued", "busy", "accepted", "superseded", "invalid", "inconclusive"] = Field(
+    verdict: Literal["queued", "busy", "accepted", "gathered", "superseded", "invalid", "inconclusive"] = Field(
         description="State of the offered result"
     )
     check: OpenWord | None = Field(

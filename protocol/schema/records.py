@@ -12,11 +12,13 @@ from pydantic import Field, ValidationError
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of, read_json
 from lutetia.protocol.schema.fields import (
+    MOST_LANES,
     Bytes,
     Count,
     Digest,
     EpochCount,
     EpochNumber,
+    LaneIndex,
     MeasuredLoss,
     Moment,
     PeerId,
@@ -116,8 +118,10 @@ class ClaimRecord(_Record):
         description="`released` takes the claim back: a DHT cannot delete"
     )
 
+    lane: LaneIndex = added(0, "Lane of the shard, in a run with lanes")
+
     def key(self) -> str:
-        return claim_key(self.run, self.shard)
+        return claim_key(self.run, self.shard, self.lane)
 
 
 class CheckpointRecord(_Record):
@@ -137,12 +141,13 @@ class CheckpointRecord(_Record):
     peer_id: PeerId = Field(description="libp2p peer id of the author")
     addresses: Addresses = Field(default=(), description="Multiaddrs with peer id at which its blobs can be fetched")
     made: TrainedWith = Field(default=TrainedWith(), description="Device, precision and software of the training")
+    lane: LaneIndex = added(0, "Lane that was trained, in a run with lanes; `samples` counts its epoch as whole")
 
     @property
     def digest(self) -> Digest:
         """The name of the result itself: it depends on blobs and lineage only, not on who offers it or when."""
         blobs = [(ref.digest, ref.size) for ref in (self.weights, self.state, self.trace)]
-        return _result_digest(self.run, self.shard, self.epoch, self.parent, *blobs, self.samples)
+        return _result_digest(self.run, self.shard, self.epoch, self.parent, *blobs, self.samples, self.lane)
 
     def key(self) -> str:
         return checkpoint_key(self.run, self.shard)
@@ -175,6 +180,9 @@ class AcceptanceRecord(_Record):
     tenure_until: Moment = Field(description="Until when the author keeps the shard while its claim lives, in Unix seconds")
     holdout_loss: MeasuredLoss = Field(description="Loss on the held-out clips, measured by the coordinator")
     term: EpochCount = Field(default=0, description="How often the shard was rolled back before")
+    lanes: Annotated[tuple[LaneIndex, ...], Field(max_length=MOST_LANES)] = added(
+        (), "Lanes whose results were merged into this epoch; its author is then the coordinator"
+    )
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)
@@ -224,14 +232,16 @@ _Blob = tuple[str, int]
 
 @lru_cache(maxsize=_REMEMBERED)
 def _result_digest(
-    run: str, shard: int, epoch: int, parent: str | None, weights: _Blob, state: _Blob, trace: _Blob, samples: int
-) -> Digest:
+    run: str, shard: int, epoch: int, parent: str | None, weights: _Blob, state: _Blob, trace: _Blob, samples: int,
+    lane: int,
+) -> Digest:  # fmt: skip
     """Cached, because every look at a result asks for it several times. Blobs are given as (digest, size)."""
     blobs = {
         name: {"digest": digest, "size": size}
         for name, (digest, size) in (("weights", weights), ("state", state), ("trace", trace))
     }
-    return digest_of({"run": run, "shard": shard, "epoch": epoch, "parent": parent, **blobs, "samples": samples})
+    place = {"run": run, "shard": shard, "epoch": epoch, "parent": parent} | ({"lane": lane} if lane else {})
+    return digest_of({**place, **blobs, "samples": samples})
 
 
 def node_key(run: str, owner: str) -> str:
@@ -242,8 +252,8 @@ def node_keys(run: str) -> list[str]:
     return [f"{run}/nodes/{bucket:02d}" for bucket in range(NODE_BUCKETS)]
 
 
-def claim_key(run: str, shard: int) -> str:
-    return f"{run}/claims/{shard:04d}"
+def claim_key(run: str, shard: int, lane: int = 0) -> str:
+    return f"{run}/claims/{shard:04d}" + (f"/{lane}" if lane else "")
 
 
 def checkpoint_key(run: str, shard: int) -> str:

@@ -3,9 +3,22 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.protocol.claims import LiveClaim, ShardView, free_shards, latest_acceptance, preferred_shard, rendezvous, shard_owner
+from lutetia.protocol.claims import (
+    LiveClaim,
+    ShardView,
+    free_shards,
+    lane_fitness,
+    latest_acceptance,
+    preferred_shard,
+    rendezvous,
+    shard_and_lane,
+    shard_owner,
+    slot_of,
+    slots_of,
+)
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord, ResetRecord
+from lutetia.protocol.schema.records import AcceptanceRecord, ClaimRecord, ResetRecord, claim_key
+from lutetia.protocol.stalled_claims import ClaimHistory, observe_claims, without_stalled
 from tests.protocol.example_documents import COORDINATOR, NOW, RUN, blob
 
 PEERS = [Identity.derived(f"peer {i}").public_key for i in range(6)]
@@ -102,3 +115,48 @@ def test_a_rolled_back_lineage_beats_the_longer_one_it_replaces() -> None:
     places = [ShardView(0, (), old), ShardView(0, (), back), ShardView(0, reset=2), ShardView(0, (), again)]
     assert [view.place for view in places] == sorted(view.place for view in places)
     assert places[2].stand == (2, 0, None)
+
+
+def test_joiners_spread_over_shards_first_then_over_lanes() -> None:
+    """One after the other, each knowing the claims of those before it."""
+    slots, taken = slots_of(3, 2), list[int]()
+    for peer in PEERS:
+        free = [ShardView(slot) for slot in slots if slot not in taken]
+        chosen = preferred_shard(RUN, peer, free, dict.fromkeys(slots, 1.0))
+        assert chosen is not None
+        taken.append(chosen.shard)
+    assert sorted(taken[:3]) == [0, 1, 2]
+    assert sorted(map(shard_and_lane, taken[3:])) == [(0, 1), (1, 1), (2, 1)]
+
+
+def test_lane_enters_keys_and_digests_only_above_zero() -> None:
+    first = ClaimRecord(run=RUN, owner=PEERS[0], issued=NOW, shard=2, epoch=0, samples=0, state="claiming")
+    assert first.key() == claim_key(RUN, 2) == claim_key(RUN, 2, 0)
+    assert "lane" not in first.model_dump()
+    second = first.model_copy(update={"lane": 1})
+    assert second.key() != first.key()
+    assert second.model_dump()["lane"] == 1
+    assert {shard_and_lane(slot_of(shard, lane)) for shard in (0, 4095) for lane in (0, 255)} == {
+        (0, 0), (0, 255), (4095, 0), (4095, 255),
+    }  # fmt: skip
+
+
+def test_lane_is_worth_its_share_where_the_node_is_in_time() -> None:
+    assert lane_fitness(0.5, 1.0, rate=10, samples=1000, seconds=100) == 0.5
+    assert lane_fitness(0.5, 1.0, rate=9, samples=1000, seconds=100) == 0
+    assert lane_fitness(0.5, 0.25, rate=9, samples=1000, seconds=100) == 0.125
+    assert lane_fitness(0.5, 1.0, rate=0, samples=1000, seconds=100) == 0.5  # a speed that is not known
+
+
+def test_claim_on_a_lane_lives_while_its_lane_is_merged() -> None:
+    slot, tenure = slot_of(0, 1), 10.0
+    seen: dict[str, ClaimHistory] = {}
+    for turn in range(60):
+        now = NOW + turn * tenure
+        merged = acceptance(COORDINATOR.public_key, epoch=turn + 1).model_copy(update={"lanes": (0,)})
+        seen = observe_claims(seen, ShardView(slot, (claim(PEERS[0], now + 30, "training"),), merged), now, 2 * tenure)
+    view = ShardView(slot, (claim(PEERS[0], now + 30, "training"),), merged)
+    assert without_stalled(seen, view, None, tenure, 8, now).claims == ()  # its own lane was never among the merged ones
+    with_lane = merged.model_copy(update={"epoch": 61, "lanes": (0, 1)})
+    seen = observe_claims(seen, ShardView(slot, view.claims, with_lane), now, 2 * tenure)
+    assert without_stalled(seen, ShardView(slot, view.claims, with_lane), None, tenure, 8, now).claims

@@ -22,7 +22,15 @@ def claim_record(owner: str, claim: m.Claim, now: float) -> ClaimRecord:
 
 
 def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: float = 0.0, term: int = 0) -> AcceptanceRecord:
-    fields = {"shard": shard, "epoch": epoch, "checkpoint": digest, "author": author, "tenure_until": tenure_until, "term": term}
+    fields = {
+        "shard": shard,
+        "epoch": epoch,
+        "checkpoint": digest,
+        "author": author,
+        "tenure_until": tenure_until,
+        "term": term,
+        "lanes": (),
+    }
     return cast(AcceptanceRecord, SimpleNamespace(**fields))
 
 
