@@ -36,7 +36,7 @@ from lutetia.protocol.stalled_claims import Seen, current_holder
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
 QUARANTINED_SHOWN = 64
-NODES_SHOWN = 1024
+NODES_SHOWN = 1000
 """So many nodes fit into a status document beside as many shards as a run may have."""
 
 _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
@@ -288,7 +288,7 @@ def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sigh
 
 def _held_mixture(state: RunState) -> HeldMixtureStatus | None:
     held = None if state.stitched is None or state.stitched.current else state.stitched
-    return held and HeldMixtureStatus(mixture=held.mixture, time=held.time, epochs=held.epochs, text=held.text)
+    return held and HeldMixtureStatus(mixture=held.mixture, time=held.time, text=held.text)
 
 
 def _router_status(state: RunState) -> RouterStatus | None:

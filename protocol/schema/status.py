@@ -132,8 +132,7 @@ class HeldMixtureStatus(TolerantDocument):
 
     mixture: Digest = Field(description="Digest of its description")
     time: Moment = Field(description="When it was made, in Unix seconds")
-    epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in it")
-    text: Sentence = Field(default="", description="Why it is not current, for people")
+    text: Explanation = Field(default="", description="Why it is not current, for people")
 
 
 class RefusalStatus(_CheckNamed):
