@@ -36,7 +36,7 @@ from lutetia.protocol.stalled_claims import Seen, current_holder
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
 QUARANTINED_SHOWN = 64
-NODES_SHOWN = 1000
+NODES_SHOWN = 960
 """So many nodes fit into a status document beside as many shards as a run may have."""
 
 _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
