@@ -28,12 +28,19 @@ from lutetia.coordinator.ledger.events import (
 )
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.ledger.sqlite_file import (
+    APPLICATION,
+    connect,
+    connect_to_read,
+    refuse_damaged,
+    refuse_foreign,
+    sqlite_errors,
+)
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.system.errors import ConfigError, DiskError, IntegrityError
+from lutetia.system.errors import ConfigError, IntegrityError
 
 _log = logging.getLogger(__name__)
 
-_APPLICATION = 0x4C757431  # "Lut1": tells ledgers from other SQLite databases
 _START = b"\0" * 32
 _DURABLE = CheckpointAccepted | LineageRolledBack | RunCreated | AcceptanceRecovered | ResetRecovered | QuarantineRecovered
 """Events that must be on disk before anything is published."""
@@ -57,6 +64,15 @@ class LedgerRow:
         return read_event(self.text)
 
 
+@dataclass(frozen=True)
+class LedgerStart:
+    """The state after the first `events` events, to which only later ones are added; `chain`: the hash (hex) after them."""
+
+    events: int
+    chain: str
+    state: RunState
+
+
 class Ledger:
     """One run's ledger, open for one writer. Use `create` once, then `open`."""
 
@@ -69,25 +85,28 @@ class Ledger:
         self.on_durable: Callable[[], None] = lambda: None
         """Called after a durable write."""
         self.state = RunState()
+        self.trusted = 0
+        """The first events, which were neither read nor verified when the ledger was opened."""
 
     @classmethod
     def create(cls, path: Path, first: RunCreated) -> Ledger:
         """A new ledger that starts with `first`. Raises ConfigError when the file exists."""
         if path.exists():
             raise ConfigError(f"the ledger {path} already exists; choose a new run folder")
-        with _sqlite_errors(path):
-            connection = _connect(path)
-            connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+        with sqlite_errors(path):
+            connection = connect(path)
+            connection.execute(f"PRAGMA application_id = {APPLICATION}")
             connection.executescript(_SCHEMA)
         ledger = cls(path, connection)
         ledger.append([first])
         return ledger
 
     @classmethod
-    def open(cls, path: Path, run: str | None = None, *, to_read: bool = False) -> Ledger:
+    def open(cls, path: Path, run: str | None = None, *, to_read: bool = False, start: LedgerStart | None = None) -> Ledger:
         """Read and verify the ledger of `run` (None: of any run), and rebuild its state.
 
-        With `to_read` nothing is written, so that neither the file nor its folder need be writable.
+        With `to_read` nothing is written, so that neither the file nor its folder need be writable. With `start` only the events
+        after it are read, if it fits the ledger: then whoever gave it has to verify the others (`replayed`).
 
         Raises:
             ConfigError: the file is absent, no ledger, or another run's.
@@ -95,29 +114,53 @@ class Ledger:
         """
         if not path.is_file():
             raise ConfigError(f"there is no ledger at {path}; create the run first or restore the file from a backup")
-        with _sqlite_errors(path):
-            _refuse_foreign(path)
-            connection = _connect_to_read(path) if to_read else _connect(path)
+        with sqlite_errors(path):
+            refuse_foreign(path)
+            connection = connect_to_read(path) if to_read else connect(path)
             ledger = cls(path, connection)
             try:
-                ledger._load(run)
+                ledger._load(run, start)
             except BaseException:
                 connection.close()
                 raise
         return ledger
 
-    def _load(self, run: str | None) -> None:
-        if self._connection.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
-            raise IntegrityError(f"the ledger {self.path} is damaged; restore it from a backup")
-        for row, event in self._verified():
-            self.state = apply(self.state, event)
-            self._chain, self._count = row.chain, row.id
+    def _load(self, run: str | None, start: LedgerStart | None) -> None:
+        if start is None or not self._load_after(start):
+            refuse_damaged(self._connection, self.path)
+            self._chain, self._count = _START, 0
+            self._add_up(RunState())
         if not self._count:
             raise IntegrityError(f"the ledger {self.path} is empty; restore it from a backup")
         if run is not None and self.state.run != run:
             raise ConfigError(
                 f"the ledger {self.path} is of run {self.state.run[:12]}, not of {run[:12]}; give the folder of that run"
             )
+
+    def _load_after(self, start: LedgerStart) -> bool:
+        """Whether `start` is of this ledger, and the events after it follow from it. Then it is loaded."""
+        if self.chain_at(start.events) != start.chain:
+            return False
+        self._chain, self._count = bytes.fromhex(start.chain), start.events
+        try:
+            self._add_up(start.state)
+        except IntegrityError:
+            return False  # reading the whole ledger tells which of the two is wrong
+        self.trusted = start.events
+        return True
+
+    def _add_up(self, state: RunState) -> None:
+        """Add the events that come after those already loaded to `state`."""
+        for row, event in self._verified(self._count, self._chain):
+            state = apply(state, event)
+            self._chain, self._count = row.chain, row.id
+        self.state = state
+
+    def restore(self) -> RunState:
+        """Rebuild the state from all events. Raises IntegrityError when they do not follow from each other."""
+        with self._writing:
+            self.state, self.trusted = self.replay(), 0
+            return self.state
 
     def append(self, events: Iterable[Event], durable: bool = False) -> RunState:
         """Write `events` in one transaction and return the state after them. May be called from any thread.
@@ -140,7 +183,7 @@ class Ledger:
             return state
 
     def _insert(self, rows: list[tuple[int, float, str, bytes]], durable: bool) -> None:
-        with _sqlite_errors(self.path):
+        with sqlite_errors(self.path):
             self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
@@ -148,14 +191,14 @@ class Ledger:
 
     def rows(self) -> Iterator[LedgerRow]:
         """Every row, verified against the chain. Raises IntegrityError at the first that does not fit."""
-        with _sqlite_errors(self.path):
+        with sqlite_errors(self.path):
             for row, _ in self._verified():
                 yield row
 
     def rows_after(self, event: int, limit: int) -> list[LedgerRow]:
         """At most `limit` rows after that event. They were verified when the ledger was opened. May be called from any thread."""
         query = "SELECT id, time, event, chain FROM events WHERE id > ? ORDER BY id LIMIT ?"
-        with self._writing, _sqlite_errors(self.path):
+        with self._writing, sqlite_errors(self.path):
             return [LedgerRow(*line) for line in self._connection.execute(query, (event, limit))]
 
     def accepted_blobs(self, states_only: bool) -> set[str]:
@@ -165,7 +208,7 @@ class Ledger:
         if not states_only:
             queries.append(f"SELECT event ->> '$.acceptance.weights.digest' {accepted}")
             queries.append("SELECT event ->> '$.record.trace.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-seen'")
-        with self._writing, _sqlite_errors(self.path):
+        with self._writing, sqlite_errors(self.path):
             found = {digest for query in queries for (digest,) in self._connection.execute(query)}
         return found - {None}
 
@@ -179,14 +222,14 @@ class Ledger:
         """Whether this checkpoint was ever accepted. Reads the whole file; may be called from any thread."""
         kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"
         accepted = f"SELECT EXISTS (SELECT 1 FROM events WHERE {kinds} AND instr(event, ?))"
-        with self._writing, _sqlite_errors(self.path):
+        with self._writing, sqlite_errors(self.path):
             return bool(self._connection.execute(accepted, (f'"checkpoint":"{checkpoint}"',)).fetchone()[0])
 
-    def _verified(self) -> Iterator[tuple[LedgerRow, Event]]:
-        chain, expected = _START, 1
-        for row in (
-            LedgerRow(*line) for line in self._connection.execute("SELECT id, time, event, chain FROM events ORDER BY id")
-        ):
+    def _verified(self, after: int = 0, chain: bytes = _START) -> Iterator[tuple[LedgerRow, Event]]:
+        """The events after the first `after`, which end with the hash `chain`."""
+        expected = after + 1
+        query = "SELECT id, time, event, chain FROM events WHERE id > ? ORDER BY id"
+        for row in (LedgerRow(*line) for line in self._connection.execute(query, (after,))):
             chain = _link(chain, row.time, row.text)
             if row.id != expected or row.chain != chain:
                 raise IntegrityError(f"the ledger {self.path} was changed at event {expected}; restore it from a backup")
@@ -206,13 +249,13 @@ class Ledger:
 
     def chain_at(self, event: int) -> str | None:
         """The chain's hash (hex) after that many events; None beyond the end."""
-        with _sqlite_errors(self.path):
+        with sqlite_errors(self.path):
             row = self._connection.execute("SELECT chain FROM events WHERE id = ?", (event,)).fetchone()
         return row[0].hex() if row else None
 
     def copy_to(self, path: Path) -> None:
         """A consistent copy in a new file, also while another process appends. Raises DiskError."""
-        with _sqlite_errors(path), contextlib.closing(sqlite3.connect(path)) as target:
+        with sqlite_errors(path), contextlib.closing(sqlite3.connect(path)) as target:
             self._connection.backup(target)
             target.execute("PRAGMA journal_mode = DELETE")  # so that the copy is a single file
 
@@ -229,52 +272,17 @@ class Ledger:
         self._connection.close()
 
 
+def verified_events(path: Path) -> Iterator[tuple[LedgerRow, Event]]:
+    """Every event of a ledger that a coordinator may be appending to, verified, with little of it in memory.
+
+    Raises IntegrityError when the file is damaged or was changed.
+    """
+    with sqlite_errors(path):
+        refuse_foreign(path)
+        with contextlib.closing(connect_to_read(path)) as connection:
+            refuse_damaged(connection, path)
+            yield from Ledger(path, connection)._verified()
+
+
 def _link(chain: bytes, time: float, text: str) -> bytes:
     return hashlib.sha256(chain + repr(time).encode() + b"\n" + text.encode()).digest()
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Checked read-only before the file is opened for writing, so that another program's database is never changed."""
-    with contextlib.closing(_connect_to_read(path)) as connection:
-        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
-            raise ConfigError(f"{path} is a database of another program, not a ledger; give the run's folder")
-
-
-def _connect_to_read(path: Path) -> sqlite3.Connection:
-    """A connection that writes nothing, not even the files beside a ledger that SQLite makes where it may."""
-    where = f"{path.absolute().as_uri()}?mode=ro"
-    connection = sqlite3.connect(where, uri=True, isolation_level=None, timeout=5.0, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA application_id").fetchone()
-    except sqlite3.OperationalError:
-        connection.close()
-        pending = path.with_name(f"{path.name}-wal")
-        if pending.exists() and pending.stat().st_size:
-            raise  # some events are in a file that only a writer can read in
-        connection = sqlite3.connect(f"{where}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
-    return connection
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
-    return connection
-
-
-@contextlib.contextmanager
-def _sqlite_errors(path: Path) -> Iterator[None]:
-    """SQLite's errors as one sentence. Its message about damage quotes the damaged bytes, which need not be text."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise IntegrityError(f"the ledger {path} is damaged (a text is not UTF-8); restore it from a backup") from error
-    except sqlite3.DatabaseError as error:
-        text = str(error)
-        damaged = "not a database" in text or "malformed" in text or "no such table" in text
-        if damaged or isinstance(error, sqlite3.DataError):  # a row that claims more than the largest length
-            raise IntegrityError(f"the ledger {path} is damaged ({text}); restore it from a backup") from error
-        if isinstance(error, sqlite3.OperationalError):
-            raise DiskError(
-                f"cannot use the ledger {path}: {text}; free disk space or stop the other process that uses it"
-            ) from error
-        raise

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 _BUCKETS = 128
 
@@ -39,8 +42,34 @@ class PersistentMap(Mapping[K, V], Generic[K, V]):
     def __repr__(self) -> str:
         return f"PersistentMap({dict(self)})"
 
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[K, V]]) -> PersistentMap[K, V]:
+        """The map that `set` makes of `pairs` one after the other."""
+        buckets: tuple[dict[K, V], ...] = tuple({} for _ in range(_BUCKETS))
+        for key, value in pairs:
+            buckets[_bucket(key)][key] = value
+        return PersistentMap(buckets, sum(map(len, buckets)))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _pairs_schema(cls.of, source, handler)
+
     def set(self, key: K, value: V) -> PersistentMap[K, V]:
         index = _bucket(key)
         old = self._buckets[index]
         grown = self._count + (key not in old)
         return PersistentMap((*self._buckets[:index], {**old, key: value}, *self._buckets[index + 1 :]), grown)
+
+
+class AsPairs:
+    """An annotation: pydantic writes and reads a mapping as a list of pairs, in its order. Keys of JSON's own are texts."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _pairs_schema(dict, source, handler)
+
+
+def _pairs_schema(make: Any, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    """The schema of a mapping type `source[K, V]` that `make` makes of a list of pairs."""
+    pairs = handler.generate_schema(list[tuple[get_args(source)]])  # pyright: ignore[reportInvalidTypeForm]
+    written = core_schema.plain_serializer_function_ser_schema(lambda mapping: list(mapping.items()), return_schema=pairs)
+    return core_schema.no_info_after_validator_function(make, pairs, serialization=written)

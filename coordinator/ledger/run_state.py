@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, Unpack
+from typing import Annotated, TypedDict, Unpack
 
 from lutetia.coordinator.credit.accounts import PeerCredit
 from lutetia.coordinator.ledger.events import (
@@ -18,7 +18,7 @@ from lutetia.coordinator.ledger.events import (
     ResultSuperseded,
     RouterTrained,
 )
-from lutetia.coordinator.ledger.persistent_map import PersistentMap
+from lutetia.coordinator.ledger.persistent_map import AsPairs, PersistentMap
 from lutetia.protocol.claims import ShardView
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
@@ -48,7 +48,7 @@ class WaitingResult:
     """It failed a loss check and waits for the replay of its epoch."""
 
 
-Judged = Mapping[tuple[str, str], ResultRefused | ResultSuperseded]
+Judged = Annotated[Mapping[tuple[str, str], ResultRefused | ResultSuperseded], AsPairs()]
 """(owner, checkpoint) -> final verdict."""
 
 
@@ -250,6 +250,10 @@ class CheckCosts:
         return CheckCosts(self.count + 1, self.seconds + seconds, self.size + size)
 
 
+Spent = Annotated[Mapping[tuple[CheckName, Outcome], CheckCosts], AsPairs()]
+"""What the checks have cost in all."""
+
+
 class Changes(TypedDict, total=False):
     """New values for fields of RunState. The reducer counts `events` itself."""
 
@@ -276,7 +280,7 @@ class Changes(TypedDict, total=False):
     refuted_checkers: Mapping[str, CheckerRefuted]
     burnt: Mapping[str, str]
     refusals: tuple[ResultRefused, ...]
-    spent: Mapping[tuple[CheckName, Outcome], CheckCosts]
+    spent: Spent
     accepted: int
     rejected: int
 
@@ -324,7 +328,7 @@ class RunState:
     """Digest of held-out clips that strangers were given -> the result that is scored on them."""
     refusals: tuple[ResultRefused, ...] = ()
     """The last ones, oldest first."""
-    spent: Mapping[tuple[CheckName, Outcome], CheckCosts] = field(default_factory=dict)
+    spent: Spent = field(default_factory=dict)
     accepted: int = 0
     """Results accepted."""
     rejected: int = 0

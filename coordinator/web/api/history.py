@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pydantic import Field
 
 from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
@@ -22,6 +24,7 @@ from lutetia.coordinator.ledger.events import (
     ResultSuperseded,
     RouterTrained,
 )
+from lutetia.coordinator.ledger.persistent_map import AsPairs
 from lutetia.coordinator.web.api.documents import (
     AcceptedPoint,
     AuditPoint,
@@ -56,7 +59,8 @@ class AuthorHistory:
     invalid: int = 0
     last_accepted: float | None = None
     quarantined: str | None = None
-    points: list[AcceptedPoint] = field(default_factory=list)
+    points: Annotated[list[AcceptedPoint], Field(exclude=True)] = field(default_factory=list)
+    """Not written to a snapshot: `History.restored` finds them among those of the shards."""
     refused: list[RefusedPoint] = field(default_factory=list)
     superseded: list[SupersededPoint] = field(default_factory=list)
     audits: list[AuditPoint] = field(default_factory=list)
@@ -71,8 +75,14 @@ class History:
     authors: dict[str, AuthorHistory] = field(default_factory=dict)
     routers: list[RouterPoint] = field(default_factory=list)
     mixtures: list[MixturePoint] = field(default_factory=list)
-    _before: dict[tuple[int, int], int] = field(default_factory=dict)
+    _before: Annotated[dict[tuple[int, int], int], AsPairs()] = field(default_factory=dict)
     """(shard, epoch) -> samples of the shard up to that accepted epoch, in the present lineage."""
+
+    def restored(self) -> History:
+        """This history as read from a snapshot, with the points of its authors."""
+        for point in sorted((point for shard in self.shards.values() for point in shard.accepted), key=lambda point: point.event):
+            _keep(self.author(point.author).points, point)
+        return self
 
     def shard(self, index: int) -> ShardHistory:
         return self.shards.setdefault(index, ShardHistory())
