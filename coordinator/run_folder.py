@@ -109,6 +109,11 @@ class RunFolder:
         return self.root / "head.json"
 
     @property
+    def snapshot(self) -> Path:
+        """What the first events of the ledger add up to, signed: a start reads the later ones only."""
+        return self.root / "snapshot"
+
+    @property
     def restored(self) -> Path:
         """A marker: the run was restored, and the coordinator has not yet recovered what the backup lacks."""
         return self.root / "restored"

@@ -14,13 +14,13 @@ from lutetia.coordinator.admin.base import settle_base
 from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
 from lutetia.coordinator.admin.upgrade import check_version, published
 from lutetia.coordinator.holdouts import withdraw_holdouts
-from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.signed_head import check_head
 from lutetia.coordinator.lending.prepare import check_lending, prepare_lending
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.recovery import SignedLineages
 from lutetia.coordinator.service import Service
 from lutetia.coordinator.settings import ServeSettings
+from lutetia.coordinator.snapshot.document import open_with_snapshot
 from lutetia.coordinator.web.app import bind, page_address
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
@@ -119,9 +119,9 @@ async def serve_run(
         withdraw_holdouts(folder, signed.manifest)
         settle_base(folder, signed.manifest, settings.base)
         listener = stack.enter_context(bind(settings.http)) if settings.http != "off" else None
-        ledger = Ledger.open(folder.ledger, signed.manifest.run_id)
-        stack.callback(ledger.close)
         recover = settings.recover or folder.restored.exists()
+        ledger, snapshot = open_with_snapshot(folder, signed.manifest.run_id, identity.public_key)
+        stack.callback(ledger.close)
         if not recover:
             check_head(folder.head, ledger, signed.manifest)
         newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
@@ -148,6 +148,7 @@ async def serve_run(
                 lineage,
                 recover,
                 sizes,
+                snapshot,
                 on_serving=lambda: on_serving(served),
             )
             with _signals(service.stopping):

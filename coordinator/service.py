@@ -16,7 +16,7 @@ from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.credit.copies import CopyKeeping
 from lutetia.coordinator.credit.cost import measure_missing_cost
 from lutetia.coordinator.holdouts import Holdouts, holdout_store
-from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped
+from lutetia.coordinator.ledger.events import CoordinatorStarted, CoordinatorStopped, SnapshotDropped
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
@@ -43,6 +43,8 @@ from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
+from lutetia.coordinator.snapshot.document import Snapshot
+from lutetia.coordinator.snapshot.keeper import SnapshotKeeper
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.worker.client import WorkerClient
@@ -94,6 +96,7 @@ class Service:
         lineage: finds what the DHT holds and the ledger lacks; used when `recovering`.
         stopping: set it to end `serve`.
         sizes: of the shards' files; given, no worker process is started, and nodes check.
+        snapshot: the one from which `ledger` was opened, if any; it is verified while the run is served.
         on_serving: called once peers can reach it.
     """
 
@@ -106,6 +109,7 @@ class Service:
     lineage: SignedLineages
     recovering: bool
     sizes: SizesMeasured | None = None
+    snapshot: Snapshot | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     on_serving: Callable[[], None] = lambda: None
 
@@ -119,10 +123,7 @@ class Service:
         self.head = HeadFile(self.folder.head, self.ledger, self.identity)
         self.ledger.append([CoordinatorStarted(time=self.transport.now(), software=f"lutetia {self.software}")], durable=True)
         holdouts = Holdouts(holdout_store(self.folder), self.identity.secret_for("held-out draws"))
-        common = (
-            self.settings.slowest_bytes_per_second, holdouts, self.ledger.accepted_blobs(self.settings.keep_all_weights),
-            self.settings.kept_states,
-        )  # fmt: skip
+        common = (self.settings.slowest_bytes_per_second, holdouts, set[str](), self.settings.kept_states)
         self.lender = self._lender() if self.sizes else None
         self.mixture_worker: WorkerClient
         if self.lender and self.sizes:
@@ -146,7 +147,6 @@ class Service:
             )  # fmt: skip
         self.archive = self._archive()
         self.check_runner.mixture_blobs = self.archive.named_blobs
-        self.check_runner.forget(self.ledger.state)
         self.announcer = Announcer(
             self.transport, self.identity, lambda: self.judge_loop.rules, lambda: self.judge_loop.state.run
         )
@@ -172,7 +172,9 @@ class Service:
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
         )
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
-        self.source = RunSource(self.folder, self.ledger, self.live, self.status)
+        earlier = self.snapshot.history if self.snapshot else lambda: None
+        self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier)
+        self.snapshot_keeper = SnapshotKeeper(self.folder, self.ledger, self.snapshot, self._drop_snapshot)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
 
@@ -217,6 +219,8 @@ class Service:
             "peerstore": every(lambda: self.manifest.timing.lease, self._remember_peers),
             "manifest notifier": every(lambda: self.manifest.timing.heartbeat, self._notify_peers),
             "sample cost": measure_missing_cost(self.judge_loop, lambda: self._worker("counting")),
+            "old blobs": self._remove_old_blobs(),
+            "snapshot": self.snapshot_keeper.run(),
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
         if self.lender:
@@ -337,6 +341,23 @@ class Service:
     async def _fetch_missing(self) -> None:
         """After a recovery only peers may have the blobs of an accepted checkpoint."""
         await fetch_missing(self.transport, self.judge_loop.state.run, self.blobs)
+
+    async def _remove_old_blobs(self) -> None:
+        """Remove the blobs of accepted results that nothing needs any more and an earlier process did not come to remove."""
+        old = await asyncio.to_thread(self.ledger.accepted_blobs, self.settings.keep_all_weights)
+
+        def remove(run: RunState) -> None:
+            self.check_runner.accepted |= old
+            self.check_runner.forget(run)
+
+        await self.judge_loop.while_idle(remove)
+
+    async def _drop_snapshot(self, events: int) -> None:
+        """The snapshot that was loaded does not follow from the ledger: go on from the ledger alone."""
+        _log.error("the snapshot of the first %d events does not follow from the ledger; adding all events up again", events)
+        await self.judge_loop.restore()
+        await self.source.read_again()
+        await self.judge_loop.append(SnapshotDropped(time=self.transport.now(), events=events))
 
     async def _notify_peers(self) -> None:
         await self.manifest_notifier.notify(self._nodes())

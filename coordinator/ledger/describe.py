@@ -37,6 +37,7 @@ from lutetia.coordinator.ledger.events import (
     RunCreated,
     RunFinished,
     SampleCostMeasured,
+    SnapshotDropped,
 )
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
@@ -80,6 +81,10 @@ def sentence(event: Event) -> str:
             return f"shard {event.shard}: {back}, {why}"
         case PeerPardoned():
             return f"peer {event.owner[:8]} was pardoned and starts without trust"
+        case SnapshotDropped():
+            return (
+                f"the snapshot of the first {event.events} events did not follow from the ledger; all events were added up again"
+            )
         case CheckerRefuted():
             return f"peer {event.owner[:8]} is given no more checks: {event.text}"
         case HoldoutBurnt():

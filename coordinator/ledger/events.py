@@ -96,6 +96,13 @@ class CoordinatorStopped(_Event):
     kind: Literal["coordinator-stopped"] = "coordinator-stopped"
 
 
+class SnapshotDropped(_Event):
+    """The coordinator had started from a snapshot that does not follow from the ledger; it has added all events up again."""
+
+    kind: Literal["snapshot-dropped"] = "snapshot-dropped"
+    events: Count = Field(description="How many events the snapshot covered.")
+
+
 class BaselineMeasured(_Event):
     """The initial model of a shard was measured; its first checkpoint is compared with this."""
 
@@ -357,6 +364,7 @@ Event = Annotated[
     | ManifestPublished
     | CoordinatorStarted
     | CoordinatorStopped
+    | SnapshotDropped
     | BaselineMeasured
     | ResultSeen
     | ResultRefused

@@ -202,14 +202,17 @@ class Ledger:
             return [LedgerRow(*line) for line in self._connection.execute(query, (event, limit))]
 
     def accepted_blobs(self, states_only: bool) -> set[str]:
-        """Digests of the training states, and of weights and traces too, of all results that were ever accepted."""
+        """Digests of the training states, and of weights and traces too, of all results that were ever accepted.
+
+        Reads the whole file, while others may append. May be called from any thread.
+        """
         accepted = "FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
         queries = [f"SELECT event ->> '$.acceptance.state.digest' {accepted}"]
         if not states_only:
             queries.append(f"SELECT event ->> '$.acceptance.weights.digest' {accepted}")
             queries.append("SELECT event ->> '$.record.trace.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-seen'")
-        with self._writing, sqlite_errors(self.path):
-            found = {digest for query in queries for (digest,) in self._connection.execute(query)}
+        with sqlite_errors(self.path), contextlib.closing(connect_to_read(self.path)) as connection:
+            found = {digest for query in queries for (digest,) in connection.execute(query)}
         return found - {None}
 
     def stitched(self) -> list[str]:

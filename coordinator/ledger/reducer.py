@@ -53,6 +53,7 @@ from lutetia.coordinator.ledger.events import (
     RunCreated,
     RunFinished,
     SampleCostMeasured,
+    SnapshotDropped,
 )
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
@@ -136,8 +137,12 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {"stitched": event, "held_back": state.held_back + 1}
         case RunFinished():
             return {"finished": True}
-        case CoordinatorStarted() | CoordinatorStopped():
+        case CoordinatorStarted():
+            return {"dropped_snapshot": None}
+        case CoordinatorStopped():
             return {}
+        case SnapshotDropped():
+            return {"dropped_snapshot": event}
         case _:
             assert_never(event)
 

@@ -17,6 +17,7 @@ from lutetia.coordinator.ledger.events import (
     ResultRefused,
     ResultSuperseded,
     RouterTrained,
+    SnapshotDropped,
 )
 from lutetia.coordinator.ledger.persistent_map import AsPairs, PersistentMap
 from lutetia.protocol.claims import ShardView
@@ -280,6 +281,7 @@ class Changes(TypedDict, total=False):
     refuted_checkers: Mapping[str, CheckerRefuted]
     burnt: Mapping[str, str]
     refusals: tuple[ResultRefused, ...]
+    dropped_snapshot: SnapshotDropped | None
     spent: Spent
     accepted: int
     rejected: int
@@ -328,6 +330,8 @@ class RunState:
     """Digest of held-out clips that strangers were given -> the result that is scored on them."""
     refusals: tuple[ResultRefused, ...] = ()
     """The last ones, oldest first."""
+    dropped_snapshot: SnapshotDropped | None = None
+    """The snapshot from which this coordinator had started, and which did not follow from the ledger."""
     spent: Spent = field(default_factory=dict)
     accepted: int = 0
     """Results accepted."""

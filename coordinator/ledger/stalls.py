@@ -211,6 +211,17 @@ def audit_stalls(state: RunState, manifest: Manifest, now: float) -> Iterator[St
         yield StallStatus(kind="audit", shard=audit.shard, epoch=audit.epoch, since=audit.since, why=why, remedy=remedy)
 
 
+def dropped_snapshot(state: RunState) -> Iterator[StallStatus]:
+    """The snapshot that this coordinator had started from, if it was found to be wrong. Red until the next start."""
+    if event := state.dropped_snapshot:
+        why = f"The coordinator had started from a snapshot of {event.events} events that does not follow from its ledger."
+        remedy = (
+            "All events were added up again, and a new snapshot was made. Somebody may have the coordinator's key, or the "
+            "machine's memory is faulty: look at both, then start the coordinator again."
+        )
+        yield StallStatus(kind="ledger", since=event.time, why=why, remedy=remedy)
+
+
 def suspected_lineages(state: RunState) -> Iterator[StallStatus]:
     """The oldest accepted epoch of each shard that an audit found invalid, while it is not decided what becomes of it."""
     for index, shard in state.shards.items():
@@ -229,11 +240,13 @@ def suspected_lineages(state: RunState) -> Iterator[StallStatus]:
 
 
 def explained(
-    shards: Iterable[StallStatus], lineages: Iterable[StallStatus], audits: Iterable[StallStatus], nodes: Iterable[StallStatus]
-) -> list[StallStatus]:
+    ledger: Iterable[StallStatus], shards: Iterable[StallStatus], lineages: Iterable[StallStatus],
+    audits: Iterable[StallStatus], nodes: Iterable[StallStatus],
+) -> list[StallStatus]:  # fmt: skip
     """Those that the document has room for: the oldest of each kind."""
     kinds = (
-        (shards, SHARDS_EXPLAINED), (lineages, LINEAGES_EXPLAINED), (audits, AUDITS_EXPLAINED), (nodes, NODES_EXPLAINED),
+        (ledger, 1), (shards, SHARDS_EXPLAINED), (lineages, LINEAGES_EXPLAINED), (audits, AUDITS_EXPLAINED),
+        (nodes, NODES_EXPLAINED),
     )  # fmt: skip
     return [stall for stalls, most in kinds for stall in sorted(stalls, key=lambda stall: stall.since)[:most]]
 

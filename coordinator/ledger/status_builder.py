@@ -13,7 +13,15 @@ from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
 from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
-from lutetia.coordinator.ledger.stalls import ShardFacts, audit_stalls, explained, node_stall, shard_stall, suspected_lineages
+from lutetia.coordinator.ledger.stalls import (
+    ShardFacts,
+    audit_stalls,
+    dropped_snapshot,
+    explained,
+    node_stall,
+    shard_stall,
+    suspected_lineages,
+)
 from lutetia.protocol.claims import LiveClaim
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
@@ -128,7 +136,11 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
             )
         ),
         audits_due=len(state.audits),
-        stalls=tuple(explained(stalled, suspected_lineages(state), audit_stalls(state, manifest, now), stalled_nodes)),
+        stalls=tuple(
+            explained(
+                dropped_snapshot(state), stalled, suspected_lineages(state), audit_stalls(state, manifest, now), stalled_nodes
+            )
+        ),
         stalled_shards=tuple(stall.shard for stall in stalled if stall.shard is not None),
         quarantined=tuple(
             QuarantineStatus(**why.model_dump(include={"time", "owner", "shard", "epoch", "text"}))

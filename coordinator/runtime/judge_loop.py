@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
@@ -101,6 +101,7 @@ class JudgeLoop:
     auditors: Callable[[], frozenset[str] | None] = lambda: None
     state: JudgeState = field(init=False)
     _fetches: dict[FetchKey, asyncio.Task[None]] = field(init=False, default_factory=dict)
+    _judging: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
     _inbox: asyncio.Queue[tuple[Stimulus, Waiting]] = field(init=False, default_factory=asyncio.Queue)
     _logged: RateWindow = field(init=False, default_factory=lambda: RateWindow(per_minute=1))
 
@@ -117,6 +118,26 @@ class JudgeLoop:
         """Append events that happened outside of the judge to the ledger, in one transaction."""
         await self.submit(LedgerFacts(events, self.now()))
 
+    async def while_idle(self, work: Callable[[RunState], None]) -> None:
+        """Do `work`, which may block on the disk, with the run's state while nothing is judged."""
+        async with self._judging:
+            await asyncio.to_thread(work, self.state.run)
+
+    async def restore(self) -> None:
+        """Add all events of the ledger up again and judge from there on, as after a restart.
+
+        Raises IntegrityError when the events since the start do not follow from those before.
+        """
+        async with self._judging:
+            fetches = list(self._fetches.values())
+            self._fetches.clear()
+            for fetch in fetches:
+                fetch.cancel()
+            await asyncio.gather(*fetches, return_exceptions=True)
+            state = await asyncio.to_thread(self.ledger.restore)
+            self.state = replace(JudgeState.restored(state), limits=self.state.limits)
+        self.changed(state)
+
     async def run(self) -> None:
         """Judge until cancelled. Raises DiskError when the ledger or a result cannot be written; nothing of it was published."""
         async with asyncio.TaskGroup() as group:
@@ -126,7 +147,8 @@ class JudgeLoop:
                 batch = [await self._inbox.get()]
                 while len(batch) < _AT_ONCE and not self._inbox.empty():
                     batch.append(self._inbox.get_nowait())
-                await self._judge_batch(batch, group)
+                async with self._judging:
+                    await self._judge_batch(batch, group)
 
     async def _judge_batch(self, batch: Sequence[tuple[Stimulus, Waiting]], group: asyncio.TaskGroup) -> None:
         """Commit what arrives together in one write to the disk, however many acceptances it has."""

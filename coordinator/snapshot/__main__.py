@@ -1,4 +1,5 @@
+"""`python -m lutetia.coordinator.snapshot`: the process that replays a ledger and writes a snapshot."""
+
 from lutetia.coordinator.snapshot.process import main
 
-if __name__ == "__main__":
-    main()
+main()

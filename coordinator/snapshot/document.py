@@ -20,8 +20,9 @@ import pydantic
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lutetia.coordinator import ledger as ledger_folder
-from lutetia.coordinator.ledger.log import LedgerStart
+from lutetia.coordinator.ledger.log import Ledger, LedgerStart
 from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api import history as history_file
 from lutetia.coordinator.web.api.history import History
 from lutetia.protocol import schema as schema_folder
@@ -154,6 +155,19 @@ def read_snapshot(path: Path, run: str, coordinator: str) -> Snapshot | None:
         reason = "its state cannot be read" if isinstance(error, ValidationError) else error
         _log.warning("the snapshot %s is not used, so the whole ledger is read: %s", path, reason)
         return None
+
+
+def open_with_snapshot(folder: RunFolder, run: str, coordinator: str) -> tuple[Ledger, Snapshot | None]:
+    """The ledger of `run`, and the snapshot from which it was opened; None: it was read and verified whole.
+
+    Raises as `Ledger.open` does.
+    """
+    snapshot = read_snapshot(folder.snapshot, run, coordinator)
+    ledger = Ledger.open(folder.ledger, run, start=snapshot and snapshot.start)
+    if snapshot and not ledger.trusted:
+        _log.warning("the snapshot %s is not used, so the whole ledger was read: it is not of this ledger", folder.snapshot)
+        return ledger, None
+    return ledger, snapshot
 
 
 def _read(path: Path, names: Sequence[str], known: SnapshotHeader | None = None) -> tuple[SnapshotHeader, list[bytes]]:

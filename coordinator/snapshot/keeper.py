@@ -8,12 +8,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.snapshot.document import Snapshot
-from lutetia.coordinator.snapshot.process import KnownParts, SnapshotReport
+from lutetia.coordinator.snapshot.document import Snapshot, rules_digest
+from lutetia.coordinator.snapshot.process import SnapshotOrder, SnapshotReport
 from lutetia.system.errors import IntegrityError
 from lutetia.system.process import Child
 
@@ -23,6 +21,8 @@ LEAST_EVENTS = 1000
 """Adding up so many events takes about 0.1 s: for fewer no snapshot is made."""
 _SHARE = 20
 _LOOK_SECONDS = 30.0
+_RETRY_SECONDS = 600.0
+"""After a failed attempt to verify a snapshot."""
 
 
 def due(events: int, covered: int) -> bool:
@@ -50,36 +50,38 @@ class SnapshotKeeper:
     loaded: Snapshot | None
     on_lie: Callable[[int], Awaitable[None]]
 
+    def __post_init__(self) -> None:
+        self._rules = rules_digest()  # of the code that runs, whatever is on the disk later
+
     async def run(self) -> None:
         """Verify `loaded`, then make snapshots until cancelled. Raises IntegrityError when the ledger is found damaged."""
-        covered = self.loaded.header.events if self.loaded else 0
-        unverified = self.loaded is not None
+        known = self.loaded and self.loaded.header
+        covered = known.events if known else 0
         while True:
-            head = self.ledger.head[0]
-            if unverified or due(head, covered):
-                report = await self._replay(KnownParts.of(self.loaded.header) if unverified and self.loaded else None)
-                if report is None:
-                    covered = head  # it is tried again when the ledger has grown
-                else:
-                    covered = report.events or head
-                    unverified = unverified and report.fits is None
+            head, pause = self.ledger.head[0], _LOOK_SECONDS
+            if known or due(head, covered):
+                report = await self._replay(SnapshotOrder(rules=self._rules, known=known))
+                covered = report.events or head if report else head  # it is tried again when the ledger has grown
+                if report:
                     await self._conclude(report)
-            await asyncio.sleep(_LOOK_SECONDS)
+                    known = known if report.fits is None else None
+                pause = _RETRY_SECONDS if known else pause
+            await asyncio.sleep(pause)
 
-    async def _replay(self, known: KnownParts | None) -> SnapshotReport | None:
+    async def _replay(self, order: SnapshotOrder) -> SnapshotReport | None:
         """What the child process reports; None, with a line in the log, if it failed."""
-        arguments = (str(self.folder.root), known.model_dump_json() if known else "")
-        child = await Child.start("lutetia.coordinator.snapshot", *arguments)
+        child = await Child.start("lutetia.coordinator.snapshot", str(self.folder.root), order.model_dump_json())
         try:
-            async for message in child.messages():
-                return SnapshotReport.model_validate(message)
-        except (ValueError, ValidationError) as error:
+            found = [SnapshotReport.model_validate(message) async for message in child.messages()]
+        except ValueError as error:
             _log.warning("the report of the process that makes the snapshot cannot be read: %s", error)
+            found = []
         finally:
             with contextlib.suppress(ProcessLookupError):
                 status = await child.kill()
-        _log.warning("the process that makes the snapshot ended with status %s before it was done", status)
-        return None
+        if not found:
+            _log.warning("the process that makes the snapshot ended with status %s before it was done", status)
+        return found[0] if found else None
 
     async def _conclude(self, report: SnapshotReport) -> None:
         if report.broken:

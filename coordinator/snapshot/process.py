@@ -1,4 +1,6 @@
-"""Replays a whole ledger at low priority, compares a snapshot with it, and writes a new one: `python -m lutetia.coordinator.snapshot RUN KNOWN`.
+"""Replays a whole ledger at low priority, compares a snapshot with it, and writes a new one.
+
+`python -m lutetia.coordinator.snapshot RUN ORDER`, where RUN is the run's folder and ORDER a SnapshotOrder.
 
 It runs beside the coordinator that serves the run, which neither waits for it nor gives it any of its state.
 """
@@ -15,9 +17,10 @@ from lutetia.coordinator.ledger.log import verified_events
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.snapshot.document import SnapshotHeader, header_of, parts_of, write_snapshot
+from lutetia.coordinator.snapshot.document import SnapshotHeader, header_of, parts_of, rules_digest, write_snapshot
 from lutetia.coordinator.web.api.history import History
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.fields import Digest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.system.errors import DiskError, IntegrityError
 from lutetia.system.process import ParentChannel, give_way
@@ -25,15 +28,11 @@ from lutetia.system.process import ParentChannel, give_way
 NICE = 19
 
 
-class KnownParts(Frozen):
-    """What the snapshot that the coordinator started from says: digests of its parts after so many events."""
+class SnapshotOrder(Frozen):
+    """What a coordinator wants."""
 
-    events: int = Field(ge=1, description="Events that it covers")
-    digests: tuple[str, ...] = Field(description="SHA-256 of its parts (hex)")
-
-    @classmethod
-    def of(cls, header: SnapshotHeader) -> KnownParts:
-        return cls(events=header.events, digests=tuple(part.digest for part in header.parts))
+    rules: Digest = Field(description="`rules_digest` of the coordinator's process")
+    known: SnapshotHeader | None = Field(default=None, description="Header of the snapshot that it started from; null: none")
 
 
 class SnapshotReport(Frozen):
@@ -47,15 +46,19 @@ class SnapshotReport(Frozen):
     unwritten: str = Field(default="", description="Why the new snapshot was not written; empty: it was")
 
 
-def replay_and_write(folder: RunFolder, known: KnownParts | None) -> SnapshotReport:
-    """Replay the ledger of `folder`, compare `known` with it on the way, and write a new snapshot."""
+def replay_and_write(folder: RunFolder, order: SnapshotOrder) -> SnapshotReport:
+    """Replay the ledger of `folder`, compare the known snapshot with it on the way, and write a new one."""
+    if order.rules != rules_digest():
+        return SnapshotReport(unwritten="the software on the disk is not what this coordinator runs; start it again")
+    known = order.known
     began, fits, state, history, chain = time.process_time(), None, RunState(), History(), b""
     try:
         for row, event in verified_events(folder.ledger):
             state, chain = apply(state, event), row.chain
             history.add(row.id, event)
             if known and row.id == known.events:
-                fits = _digests(state, history) == known.digests
+                same = header_of(state.run, row.id, chain.hex(), parts_of(state, history), known.coordinator)
+                fits = (same.parts, same.chain) == (known.parts, known.chain)
     except IntegrityError as error:
         return SnapshotReport(broken=str(error), fits=fits)
     if known and fits is None:
@@ -72,15 +75,9 @@ def replay_and_write(folder: RunFolder, known: KnownParts | None) -> SnapshotRep
     )  # fmt: skip
 
 
-def _digests(state: RunState, history: History) -> tuple[str, ...]:
-    parts = parts_of(state, history)
-    return tuple(part.digest for part in header_of(state.run, state.events, state.run, parts, state.coordinator).parts)
-
-
 def main() -> None:
     """Do it once, and report to the parent."""
     channel = ParentChannel()
     give_way(NICE)
-    folder, known = RunFolder(Path(sys.argv[1])), sys.argv[2]
-    report = replay_and_write(folder, KnownParts.model_validate_json(known) if known else None)
+    report = replay_and_write(RunFolder(Path(sys.argv[1])), SnapshotOrder.model_validate_json(sys.argv[2]))
     channel.send(report.model_dump(mode="json"))

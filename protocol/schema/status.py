@@ -50,7 +50,9 @@ class TolerantDocument(Frozen):
 class StallStatus(TolerantDocument):
     """What does not go on or is in question, and what to do."""
 
-    kind: OpenWord = Field(description="What it is: a shard, a lineage that stands on an invalid epoch, an audit, or a node")
+    kind: OpenWord = Field(
+        description="What it is: a shard, a lineage that stands on an invalid epoch, an audit, a node, or the run's ledger"
+    )
     shard: ShardIndex | None = Field(default=None, description="Index of the shard, also of an audit's; null: a node without one")
     epoch: EpochNumber | None = Field(default=None, description="The accepted epoch that an audit is to replay, or found invalid")
     owner: PublicKey | None = Field(default=None, description="Public key of the node, or of the invalid epoch's author")
@@ -218,6 +220,8 @@ class SwarmStatus(TolerantDocument):
 def name_of(stall: StallStatus) -> str:
     """What does not go on, in words for people."""
     shard = "" if stall.shard is None else f"expert {stall.shard:03d}"
+    if stall.kind == "ledger":
+        return "the coordinator's ledger"
     if stall.kind == "node":
         return f"node {(stall.owner or '?')[:8]}" + (f" on {shard}" if shard else "")
     return shard if stall.kind == "shard" else f"{stall.kind} of {shard} epoch {stall.epoch}"

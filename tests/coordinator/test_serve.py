@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from lutetia.cli.fetch_mixture import fetch_mixture
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import tell
 from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.serve import serve_run
 from lutetia.coordinator.settings import RunSettings, ServeSettings
+from lutetia.coordinator.snapshot.document import header_of, parts_of, write_snapshot
+from lutetia.coordinator.web.api.history import History
 from lutetia.models.mixing.description import FILE, SignedMixture, read_mixture, verify_mixture
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.download import Provider, fetch_blob
@@ -87,11 +92,13 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
         before = event_lines(run.folder)
         torn = run.folder / ".status.json.x.part"  # as a kill during a write leaves it
         torn.write_bytes(b"{")
+        write_lying_snapshot(RunFolder(run.folder))
         coordinator = await Coordinator.start(run.folder, settings)
         await up(coordinator)
         assert not torn.exists()
         await published(bob, 0, 2)  # it was not offered again: the ledger has it
         assert event_lines(run.folder)[: len(before)] == before
+        await until(lambda: tells_of_snapshot(ann), "the red line about the snapshot")
         assert (await ann.verdict(last)).verdict == "accepted"
 
         final = bob.train(1)
@@ -134,6 +141,21 @@ async def published(peer: ScriptedNode, shard: int, epoch: int) -> None:
         return [acceptance.epoch for acceptance in await peer.accepted(shard)] == [epoch]
 
     await until(there, f"the acceptance of epoch {epoch} of shard {shard} in the DHT")
+
+
+def write_lying_snapshot(folder: RunFolder) -> None:
+    """A snapshot under the coordinator's key in which 77 results more are accepted than the ledger says."""
+    key, history = Identity.load(folder.coordinator_key), History()
+    with contextlib.closing(Ledger.open(folder.ledger, to_read=True)) as ledger:
+        for row in ledger.rows():
+            history.add(row.id, row.event())
+        state = replace(ledger.state, accepted=ledger.state.accepted + 77)
+        parts = parts_of(state, history)
+        write_snapshot(folder.snapshot, header_of(state.run, *ledger.head, parts, key.public_key), parts, key)
+
+
+async def tells_of_snapshot(peer: ScriptedNode) -> bool:
+    return any(stall.kind == "ledger" for stall in (await peer.status()).stalls)
 
 
 async def finished(peer: ScriptedNode) -> bool:
@@ -182,6 +204,7 @@ def check_fetching(run: CreatedRun, out: Path) -> None:
 def check_the_end(run: CreatedRun, coordinator: Coordinator, http: int) -> None:
     status = coordinator.status()
     assert status.finished
+    assert status.accepted == 4, "the lying snapshot was dropped"
     assert status.mixture_epochs == (2, 2)
     assert status.router is not None
     assert status.router.epochs == (1, 0), "trained once, after the first acceptance"

@@ -26,12 +26,14 @@ class RunSource:
         ledger: its ledger; only read here.
         manifest: the newest manifest.
         status: makes the status document.
+        earlier: reads the history of the ledger's first events, if a snapshot has it; else it is None. May block on the disk.
     """
 
     folder: RunFolder
     ledger: Ledger
     manifest: Callable[[], Manifest]
     status: Callable[[], SwarmStatus]
+    earlier: Callable[[], History | None] = lambda: None
     history: History = field(default_factory=History)
     _more: set[asyncio.Event] = field(default_factory=set)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -63,8 +65,10 @@ class RunSource:
         return self.ledger.rows_after(after, limit)
 
     async def up_to_date(self) -> History:
-        """The history of all events in the ledger now. The first call reads the whole ledger, later ones what was added."""
+        """The history of all events in the ledger now. The first call reads what no snapshot has, later ones what was added."""
         async with self._reading:
+            if not self.history.events:
+                self.history = await asyncio.to_thread(self.earlier) or self.history
             head = self.ledger.head[0]
             while self.history.events < head:
                 for row in self.rows(self.history.events, _ROWS_AT_ONCE):
@@ -75,6 +79,10 @@ class RunSource:
     def people(self) -> People:
         """What is known of the peers now, besides their results."""
         return People(self.ledger.state)
+    async def read_again(self) -> None:
+        """Make the history from the ledger alone."""
+        async with self._reading:
+            self.earlier, self.history = lambda: None, History()
 
     def tag(self) -> str:
         """Changes with every event of the ledger, and with the manifest."""
