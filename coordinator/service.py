@@ -43,7 +43,7 @@ from lutetia.coordinator.runtime.split_brain import refuse_split_brain
 from lutetia.coordinator.runtime.staging import restored_incoming
 from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
-from lutetia.coordinator.snapshot.document import Snapshot
+from lutetia.coordinator.snapshot.document import LedgerSnapshot
 from lutetia.coordinator.snapshot.keeper import SnapshotKeeper
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import build_app, serve_http
@@ -109,7 +109,7 @@ class Service:
     lineage: SignedLineages
     recovering: bool
     sizes: SizesMeasured | None = None
-    snapshot: Snapshot | None = None
+    snapshot: LedgerSnapshot | None = None
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
     on_serving: Callable[[], None] = lambda: None
 

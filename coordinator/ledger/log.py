@@ -218,7 +218,7 @@ class Ledger:
     def stitched(self) -> list[str]:
         """Digests of all mixtures, oldest first. May be called from any thread."""
         query = "SELECT event ->> '$.mixture' FROM events WHERE event ->> '$.kind' = 'mixture-stitched' ORDER BY id"
-        with self._writing, _sqlite_errors(self.path):
+        with self._writing, sqlite_errors(self.path):
             return [digest for (digest,) in self._connection.execute(query)]
 
     def has_accepted(self, checkpoint: str) -> bool:

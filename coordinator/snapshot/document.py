@@ -19,13 +19,10 @@ from typing import Literal
 import pydantic
 from pydantic import Field, TypeAdapter, ValidationError
 
-from lutetia.coordinator import ledger as ledger_folder
 from lutetia.coordinator.ledger.log import Ledger, LedgerStart
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.web.api import history as history_file
 from lutetia.coordinator.web.api.history import History
-from lutetia.protocol import schema as schema_folder
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.fields import Count, Digest, Moment, PublicKey, Signature
 from lutetia.protocol.schema.identity import Identity, verify
@@ -35,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 _SIGNING_DOMAIN = b"lutetia-snapshot-1\n"
 _LONGEST_HEADER = 4096
+_RULE_FOLDERS = ("coordinator/ledger", "coordinator/credit", "protocol/schema")
+_RULE_FILES = (
+    "coordinator/web/api/documents.py", "coordinator/web/api/history.py", "coordinator/web/api/people.py", "protocol/claims.py",
+)  # fmt: skip
 _STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
 _HISTORY: TypeAdapter[History] = TypeAdapter(History)
 
@@ -79,15 +80,21 @@ class SignedSnapshot(Frozen):
         return verify(self.header.coordinator, _SIGNING_DOMAIN + canonical(self.header), self.signature)
 
 
+def rule_sources() -> list[Path]:
+    """The source files that say what events mean and how they add up, by name."""
+    root = Path(__file__).resolve().parents[2]
+    found = {Path(__file__).resolve(), *(root / name for name in _RULE_FILES)}
+    found.update(*((root / name).rglob("*.py") for name in _RULE_FOLDERS))
+    return sorted(found)
+
+
 @cache
 def rules_digest() -> str:
-    """Digest of the sources that say what events mean and how they add up, and of the library that reads them back."""
-    folders = [Path(str(package.__file__)).parent for package in (ledger_folder, schema_folder)]
-    web = Path(str(history_file.__file__))
-    sources = [*(path for folder in folders for path in folder.rglob("*.py")), web, web.with_name("documents.py"), Path(__file__)]
+    """Digest of `rule_sources`, and of the version of the library that reads states back."""
     found = hashlib.sha256(pydantic.VERSION.encode())
-    for name, data in sorted((f"{path.parent.name}/{path.name}", path.read_bytes()) for path in sources):
-        found.update(f"\n{name} {len(data)}\n".encode() + data)
+    for path in rule_sources():
+        data = path.read_bytes()
+        found.update(f"\n{path.parent.name}/{path.name} {len(data)}\n".encode() + data)
     return found.hexdigest()
 
 
@@ -115,7 +122,7 @@ def write_snapshot(path: Path, header: SnapshotHeader, parts: Sequence[bytes], c
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class LedgerSnapshot:
     """A snapshot whose signature and state were verified."""
 
     path: Path
@@ -137,7 +144,7 @@ class Snapshot:
             return None
 
 
-def read_snapshot(path: Path, run: str, coordinator: str) -> Snapshot | None:
+def read_snapshot(path: Path, run: str, coordinator: str) -> LedgerSnapshot | None:
     """The snapshot in `path` of `run` by `coordinator` (public key); None, with a line in the log, if it cannot be used.
 
     Nothing of the file but a bounded header is parsed before its signature holds.
@@ -148,7 +155,7 @@ def read_snapshot(path: Path, run: str, coordinator: str) -> Snapshot | None:
             raise SnapshotUnusable("it is of another run or another coordinator")
         if header.rules != rules_digest():
             raise SnapshotUnusable("it was made by another version of the software")
-        return Snapshot(path, header, _STATE.validate_json(parts[0]))
+        return LedgerSnapshot(path, header, _STATE.validate_json(parts[0]))
     except FileNotFoundError:
         return None
     except (OSError, SnapshotUnusable, ValidationError) as error:
@@ -157,7 +164,7 @@ def read_snapshot(path: Path, run: str, coordinator: str) -> Snapshot | None:
         return None
 
 
-def open_with_snapshot(folder: RunFolder, run: str, coordinator: str) -> tuple[Ledger, Snapshot | None]:
+def open_with_snapshot(folder: RunFolder, run: str, coordinator: str) -> tuple[Ledger, LedgerSnapshot | None]:
     """The ledger of `run`, and the snapshot from which it was opened; None: it was read and verified whole.
 
     Raises as `Ledger.open` does.

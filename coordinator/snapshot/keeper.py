@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.snapshot.document import Snapshot, rules_digest
+from lutetia.coordinator.snapshot.document import LedgerSnapshot, rules_digest
 from lutetia.coordinator.snapshot.process import SnapshotOrder, SnapshotReport
 from lutetia.system.errors import IntegrityError
 from lutetia.system.process import Child
@@ -47,7 +47,7 @@ class SnapshotKeeper:
 
     folder: RunFolder
     ledger: Ledger
-    loaded: Snapshot | None
+    loaded: LedgerSnapshot | None
     on_lie: Callable[[int], Awaitable[None]]
 
     def __post_init__(self) -> None:

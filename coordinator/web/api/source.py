@@ -79,6 +79,7 @@ class RunSource:
     def people(self) -> People:
         """What is known of the peers now, besides their results."""
         return People(self.ledger.state)
+
     async def read_again(self) -> None:
         """Make the history from the ledger alone."""
         async with self._reading:

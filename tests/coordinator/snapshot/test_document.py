@@ -24,6 +24,7 @@ from lutetia.coordinator.snapshot.document import (
     open_with_snapshot,
     parts_of,
     read_snapshot,
+    rule_sources,
     rules_digest,
     write_snapshot,
 )
@@ -33,6 +34,7 @@ from lutetia.protocol.schema.identity import Identity
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER
 from tests.coordinator.ledger.test_log import events_of, steps
 from tests.protocol.power_loss import every_power_loss, needs_strace, record
+from tests.test_walls import ROOT, imported_files
 
 VARIED = [(who % 4, who % 2, outcome) for who, outcome in enumerate(["valid", "invalid", "valid", "inconclusive", "waits"] * 4)]
 
@@ -216,6 +218,16 @@ def test_the_process_of_other_software_writes_nothing(root: RunFolder):
     report = replay_and_write(root, SnapshotOrder(rules="c" * 64))
     assert report.unwritten
     assert not root.snapshot.exists()
+
+
+def test_all_code_that_adds_events_up_is_among_the_rules():
+    found, waiting = set(), [ROOT / "coordinator/ledger/reducer.py", ROOT / "coordinator/web/api/history.py"]
+    while waiting:
+        if (path := waiting.pop()) not in found and "system" not in path.relative_to(ROOT).parts:
+            found.add(path)
+            waiting += imported_files(path)
+    assert len(found) > 20
+    assert not found - set(rule_sources())
 
 
 def test_a_start_is_used_only_where_it_fits(root: RunFolder, events: list[Event]):

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.snapshot.document import open_with_snapshot, read_snapshot
 from lutetia.coordinator.snapshot.keeper import LEAST_EVENTS, SnapshotKeeper, due
 from lutetia.system.errors import IntegrityError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR
 from tests.coordinator.ledger.test_log import acceptances
+from tests.coordinator.scripted_node import until
 from tests.coordinator.snapshot.test_document import write_run
 
 
@@ -30,6 +32,10 @@ def test_a_snapshot_is_due_when_a_start_would_add_up_much():
     assert made < 30 * 100_000, "in all, each event is replayed a few dozen times at most"
 
 
+async def exists(root: RunFolder) -> bool:
+    return root.snapshot.exists()
+
+
 async def nobody(events: int) -> None:
     raise AssertionError("no snapshot lies here")
 
@@ -39,9 +45,7 @@ async def test_the_keeper_makes_a_snapshot_and_finds_a_changed_ledger(tmp_path: 
     root, run = write_run(tmp_path / "run", events), events[0].run  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.closing(Ledger.open(root.ledger)) as ledger:
         keeping = asyncio.create_task(SnapshotKeeper(root, ledger, None, nobody).run())
-        async with asyncio.timeout(60):
-            while not root.snapshot.exists():
-                await asyncio.sleep(0.05)
+        await until(lambda: exists(root), "the snapshot")
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
     made = read_snapshot(root.snapshot, run, COORDINATOR.public_key)
