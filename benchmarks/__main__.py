@@ -17,7 +17,7 @@ from benchmarks.report import Machine, Row, as_json, markdown
 STUDIES = {
     "adapters": "benchmarks.adapters.main",
     "attacks": "benchmarks.attacks.main",
-    "coordinator-attacks": "benchmarks.attacks.coordinator_load",
+    "coordinator-attacks": "benchmarks.attacks.coordinator.main",
     "document-attacks": "benchmarks.attacks.documents",
     "faults": "benchmarks.faults",
     "fuzz": "benchmarks.fuzz.main",

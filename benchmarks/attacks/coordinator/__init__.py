@@ -1,0 +1,1 @@
+"""Rounds of attack against a real coordinator."""
