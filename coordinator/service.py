@@ -47,6 +47,7 @@ from lutetia.coordinator.snapshot.document import LedgerSnapshot
 from lutetia.coordinator.snapshot.keeper import SnapshotKeeper
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.app import build_app, serve_http
+from lutetia.coordinator.web.rendered import Rendered
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.coordinator.worker.messages import SizesMeasured
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
@@ -233,7 +234,7 @@ class Service:
         self.transport.favour(self._has_accepted_work)
         await serve_introduction(self.transport, lambda: self.live.signed)
         await AcceptedService(self.transport, self.live).serve()
-        await serve_document(self.transport, STATUS, lambda: canonical(self.status()))
+        await serve_document(self.transport, STATUS, Rendered(self.status, canonical).latest)
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_named_document(self.transport, MIXTURE_BY_DIGEST, lambda name: self.archive.find(name) or b"")
         lent = self.lender.lent_store if self.lender else lambda peer_id, digest: None

@@ -30,6 +30,8 @@ from lutetia.coordinator.web.connections import (
 from lutetia.coordinator.web.frontend import frontend_router
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
+from lutetia.coordinator.web.rendered import Rendered
+from lutetia.coordinator.web.request_pace import RequestPace
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import AnswerSlots, RateLimit
 from lutetia.protocol.schema.canonical import canonical
@@ -69,8 +71,9 @@ def build_app(
         title="Lutetia coordinator", version=API_VERSION, docs_url=None, redoc_url=None,
         openapi_url="/api/v1/openapi.json" if source else None,
     )  # fmt: skip
+    app.add_middleware(RequestPace, rate=rate)
     slots = AnswerSlots(max(1, rate.answers_at_once // 2))
-    pages, texts, metrics = _Rendered(produce, _page), _Rendered(produce, canonical), _Rendered(produce, metrics_text)
+    pages, texts, metrics = Rendered(produce, _page), Rendered(produce, canonical), Rendered(produce, metrics_text)
 
     @app.get("/plain", include_in_schema=False)
     async def plain_page() -> StreamingResponse:
@@ -99,21 +102,6 @@ def build_app(
         app.include_router(api_router(source, limit))
         app.include_router(frontend_router())
     return app
-
-
-class _Rendered:
-    """The newest status document as bytes, rendered once per document, however many ask for it."""
-
-    def __init__(self, produce: Callable[[], SwarmStatus], render: Callable[[SwarmStatus], bytes]) -> None:
-        self._produce, self._render = produce, render
-        self._of: SwarmStatus | None = None
-        self._data = b""
-
-    def latest(self) -> bytes:
-        status = self._produce()
-        if status is not self._of:
-            self._data, self._of = self._render(status), status
-        return self._data
 
 
 def _page(status: SwarmStatus) -> bytes:

@@ -1,24 +1,38 @@
-"""Answers of the web API: entity tags, compression that is done once, and a limit on requests per origin."""
+"""Answers of the web API: entity tags, compression that is done once, and limits on what one origin may cost.
+
+A query is free to write and a document costs time and memory. So the processor time of a document is charged to who had it made,
+unknown parameters name no document of their own, and what is kept or being sent is bounded in bytes.
+"""
 
 from __future__ import annotations
 
 import gzip
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from fastapi import HTTPException
+from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from lutetia.coordinator.web.connections import origin_of_host
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.transport.network_origin import quotas_of
 
 REQUESTS_PER_SECOND = 20.0
 BURST = 200
 """Requests that one origin may make at once."""
+REQUESTS_OF_A_SECOND = 200.0
+"""A second of processor time costs as much as so many requests: in the long run one origin gets a tenth of a processor."""
 _MOST_ORIGINS = 4096
 _PIECE = 65536
 _KEPT = 512
+KEPT_BYTES = 64 << 20
+"""Documents that are kept take at most so much memory, and the newest."""
+SENT_BYTES = 256 << 20
+"""No document is begun while others that are being sent take more memory."""
 _COMPRESS_FROM = 1024
 SAFE = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'", "Cache-Control": "no-cache"}
 
@@ -36,7 +50,10 @@ async def document_pieces(data: bytes) -> AsyncIterator[bytes]:
 
 
 class RequestLimit:
-    """A token bucket per origin (an IPv4 address or an IPv6 /64). `clock` gives seconds that never go back."""
+    """A token bucket per origin (an IPv4 address or an IPv6 /64), and one four times as large per prefix around it.
+
+    `clock` gives seconds that never go back.
+    """
 
     def __init__(self, clock: Callable[[], float], rate: float = REQUESTS_PER_SECOND, burst: int = BURST) -> None:
         self._clock, self._rate, self._burst = clock, rate, burst
@@ -44,52 +61,114 @@ class RequestLimit:
 
     def take(self, origin: str) -> bool:
         """Whether a request of `origin` may be answered now."""
-        now = self._clock()
-        bucket = self._buckets.pop(origin, None) or _Bucket(self._burst, now)
-        bucket.left, bucket.at = min(self._burst, bucket.left + (now - bucket.at) * self._rate), now
-        self._buckets[origin] = bucket
+        if self.exhausted(origin):
+            return False
+        for name, share in quotas_of(origin):
+            self._bucket(name, share).left -= 1
+        return True
+
+    def exhausted(self, origin: str) -> bool:
+        """Whether `origin` has used up what it may cost now."""
+        return any(self._bucket(name, share).left < 1 for name, share in quotas_of(origin))
+
+    def charge(self, origin: str, seconds: float) -> None:
+        """Count processor time that a request of `origin` has taken, besides the request itself."""
+        for name, share in quotas_of(origin):
+            self._bucket(name, share).left -= REQUESTS_OF_A_SECOND * seconds
+
+    def _bucket(self, name: str, share: int) -> _Bucket:
+        now, most = self._clock(), share * self._burst
+        bucket = self._buckets.pop(name, None) or _Bucket(most, now)
+        bucket.left, bucket.at = min(most, bucket.left + (now - bucket.at) * share * self._rate), now
+        self._buckets[name] = bucket
         if len(self._buckets) > _MOST_ORIGINS:
             self._buckets.popitem(last=False)
-        if bucket.left < 1:
-            return False
-        bucket.left -= 1
-        return True
+        return bucket
+
+
+@dataclass
+class _Sending:
+    """The documents that are being sent. One that several clients get counts once."""
+
+    bytes: int = 0
+    _receivers: dict[int, int] = field(default_factory=dict)
+
+    def fits(self, data: bytes) -> bool:
+        return id(data) in self._receivers or self.bytes == 0 or self.bytes + len(data) <= SENT_BYTES
+
+    async def pieces(self, data: bytes) -> AsyncIterator[bytes]:
+        self.bytes += 0 if id(data) in self._receivers else len(data)
+        self._receivers[id(data)] = self._receivers.get(id(data), 0) + 1
+        try:
+            async for piece in document_pieces(data):
+                yield piece
+        finally:
+            self._receivers[id(data)] -= 1
+            if not self._receivers[id(data)]:
+                del self._receivers[id(data)]
+                self.bytes -= len(data)
 
 
 class Answers:
-    """Renders documents as JSON, once for each address and entity tag however many ask, and compresses them once."""
+    """Renders documents as JSON, once for each address and entity tag however many ask, and compresses them once.
 
-    def __init__(self) -> None:
+    Args:
+        limit: is charged for what documents cost.
+        clock: seconds of processor time.
+    """
+
+    def __init__(self, limit: RequestLimit, clock: Callable[[], float] = time.thread_time) -> None:
+        self._limit, self._clock, self._sending = limit, clock, _Sending()
         self._kept: OrderedDict[str, tuple[str, bytes, bytes | None]] = OrderedDict()
+        self.kept_bytes = 0
 
     def answer(self, request: Request, tag: str, build: Callable[[], Frozen]) -> Response:
         """The document that `build` makes, or 304 if the client has it.
 
         Args:
-            request: its path and query name the document.
+            request: its path and the parameters that its route knows name the document.
             tag: changes whenever the document does.
             build: makes the document.
+
+        Raises HTTPException 503: too much is being sent already.
         """
         tag = f'W/"{tag}"'
         headers = {**SAFE, "ETag": tag, "Vary": "Accept-Encoding"}
         if tag in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
             return Response(status_code=304, headers=headers)
-        plain, small = self._rendered(f"{request.url.path}?{request.url.query}", tag, build)
+        began = self._clock()
+        plain, small = self._rendered(_address(request), tag, build)
+        self._limit.charge(origin_of(request), self._clock() - began)
         data = plain
         if small is not None and takes_gzip(request.headers.get("accept-encoding", "")):
             data, headers["Content-Encoding"] = small, "gzip"
+        if not self._sending.fits(data):
+            raise HTTPException(503, "too many clients read large documents; try again later", {"Retry-After": "30"})
         headers["Content-Length"] = str(len(data))
-        return StreamingResponse(document_pieces(data), media_type="application/json", headers=headers)
+        return StreamingResponse(self._sending.pieces(data), media_type="application/json", headers=headers)
 
     def _rendered(self, address: str, tag: str, build: Callable[[], Frozen]) -> tuple[bytes, bytes | None]:
         kept = self._kept.pop(address, None)
+        self.kept_bytes -= _size(kept)
         if kept is None or kept[0] != tag:
             plain = build().model_dump_json().encode()
             kept = tag, plain, gzip.compress(plain, 5, mtime=0) if len(plain) >= _COMPRESS_FROM else None
         self._kept[address] = kept
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        self.kept_bytes += _size(kept)
+        while len(self._kept) > _KEPT or (self.kept_bytes > KEPT_BYTES and len(self._kept) > 1):
+            self.kept_bytes -= _size(self._kept.popitem(last=False)[1])
         return kept[1], kept[2]
+
+
+def _size(kept: tuple[str, bytes, bytes | None] | None) -> int:
+    return len(kept[1]) + len(kept[2] or b"") if kept else 0
+
+
+def _address(request: Request) -> str:
+    """The path, and the parameters that the route knows: others could give one document any number of addresses."""
+    route = request.scope.get("route")
+    known = sorted(given.alias for given in route.dependant.query_params) if isinstance(route, APIRoute) else ()
+    return f"{request.url.path}?{'&'.join(f'{name}={request.query_params.get(name)}' for name in known)}"
 
 
 def takes_gzip(accepted: str) -> bool:

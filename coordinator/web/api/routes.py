@@ -47,7 +47,8 @@ class _Shards(Frozen):
 
 def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRouter:
     """The routes that show `source`; `limit` counts the requests of each origin."""
-    requests, answers, streams = limit or RequestLimit(time.monotonic), Answers(), EventStreams(source)
+    requests = limit or RequestLimit(time.monotonic)
+    answers, streams = Answers(requests), EventStreams(source, requests)
 
     async def within_limit(request: Request) -> None:
         if not requests.take(origin_of(request)):
