@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.teams.merge import State, Tensors
+from lutetia.models.data.parts.batch_order import batch_number
 from lutetia.models.data.shards import ShardData
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.families import call_expert
@@ -71,7 +72,7 @@ class Node:
     def train(self, first: int, count: int, lane: int = 0, lanes: int = 1) -> None:
         """Train steps `first`, …, `first + count - 1` on the batches of `lane`, one of `lanes` that share the data order."""
         for step in range(first, first + count):
-            self._step(step, step * lanes + lane)
+            self._step(step, batch_number(step, lane, lanes))
 
     def _step(self, step: int, batch: int) -> None:
         rows = self._batches.at(0, batch)

@@ -49,9 +49,9 @@ class OuterStep:
         return moved, velocities
 
 
-def mean_state(states: Sequence[State], shares: Sequence[float]) -> State:
-    """The mean of the states of lanes, weighted by their shares of the samples."""
-    return State(*(mean_tensors([getattr(state, part) for state in states], shares) for part in PARTS))
+def mean_state(states: Sequence[State], samples: Sequence[float]) -> State:
+    """The mean of the states of lanes, weighted by the samples that each trained."""
+    return State(*(mean_tensors([getattr(state, part) for state in states], samples) for part in PARTS))
 
 
 def packed(state: State) -> dict[str, Tensor]:
@@ -68,13 +68,12 @@ def unpacked(tensors: Tensors) -> State:
     return State(**parts)
 
 
-def mean_tensors(parts: Sequence[Tensors], shares: Sequence[float]) -> dict[str, Tensor]:
-    """The weighted mean of tensors by name, summed in the order given, in float64."""
-    total = sum(shares)
+def mean_tensors(parts: Sequence[Tensors], samples: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of tensors by name, weighted by samples; the arithmetic is that of `lutetia.models.training.lanes.merge`."""
     means = dict[str, Tensor]()
     for name, first in parts[0].items():
         value = torch.zeros_like(first, dtype=torch.float64)
-        for part, share in zip(parts, shares, strict=True):
-            value += (share / total) * part[name]
-        means[name] = value.to(first.dtype)
+        for part, count in zip(parts, samples, strict=True):
+            value += part[name].double() * count
+        means[name] = (value / sum(samples)).to(first.dtype)
     return means

@@ -20,11 +20,16 @@ from benchmarks.teams.merge import OuterStep, State, mean_state, packed, unpacke
 from benchmarks.teams.sizes import SIZES
 from benchmarks.teams.table import LINES, read_cells, write_cell
 from benchmarks.teams.worth import Worth, worth
+from lutetia.models.tensor_files import TensorFile, write_tensors
+from lutetia.models.training.checkpoint_io import write_state, write_weights
+from lutetia.models.training.lanes.merge import LaneFiles, merge_lanes
 from lutetia.models.training.trainer import ExpertTrainer, initial_seed
+from lutetia.protocol.schema.capabilities import LANES
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 
 CURVE = [(100, 0.9), (200, 0.8), (400, 0.6)]
 ONE = Cell("toy", "one", 2, 6, 1.0, 0)
-LANES = replace(ONE, arm="lanes", nodes=2, interval=3)
+TWO_LANES = replace(ONE, arm="lanes", nodes=2, interval=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +57,8 @@ def test_loop_of_one_node_trains_as_the_trainer_does() -> None:
 def test_one_lane_is_one_node_whatever_the_interval(clips: TeamClips, tmp_path: Path) -> None:
     arms = Arms(clips, tmp_path)
     alone = arms.run(ONE).loss
-    assert arms.run(replace(LANES, nodes=1, interval=4)).loss == pytest.approx(alone, abs=1e-6)
-    assert arms.run(LANES).loss != pytest.approx(alone, abs=1e-6)
+    assert arms.run(replace(TWO_LANES, nodes=1, interval=4)).loss == pytest.approx(alone, abs=1e-6)
+    assert arms.run(TWO_LANES).loss != pytest.approx(alone, abs=1e-6)
 
 
 def test_branches_and_parents_give_a_loss_for_every_held_out_clip(clips: TeamClips, tmp_path: Path) -> None:
@@ -73,6 +78,29 @@ def test_mean_of_states_weighs_lanes_by_their_samples() -> None:
     assert [part.item() for part in (mean.parameters["w"], mean.moments["m"], mean.averages["w"])] == [2.0, 4.0, -2.0]
     again = unpacked(packed(mean))
     assert (again.parameters, again.moments, again.averages) == (mean.parameters, mean.moments, mean.averages)
+
+
+def test_mean_of_states_is_what_the_coordinator_merges(tmp_path: Path) -> None:
+    plain = manifest_of(SIZES["toy"].expert, LATENT, batch=2, steps=2, epochs=1)
+    manifest = plain.model_copy(update={"team": TeamSpec(lanes=2), "needs": (LANES,)})
+    states, files = list[State](), list[LaneFiles]()
+    for lane in range(2):
+        trainer = ExpertTrainer(manifest, 0, clips_of(LATENT), lane=lane)
+        trainer.step()
+        trainer.step()
+        snapshot, paths = trainer.snapshot(), [tmp_path / f"{part}{lane}" for part in ("weights", "state", "trace")]
+        write_weights(snapshot, paths[0])
+        write_state(snapshot, paths[1], ema=False)
+        write_tensors(paths[2], {"trace": torch.tensor(snapshot.trace)})
+        states.append(State(snapshot.parameters, snapshot.moments, snapshot.ema))
+        files.append(LaneFiles(lane, 4, *paths))
+    (tmp_path / "merged").mkdir()
+    merge_lanes(manifest, 0, 1, files, tmp_path / "merged")
+    mean = mean_state(states, [4, 4])
+    with TensorFile(tmp_path / "merged" / "state") as state, TensorFile(tmp_path / "merged" / "weights") as weights:
+        assert all(torch.equal(state[f"param.{name}"], value) for name, value in mean.parameters.items())
+        assert all(torch.equal(state[name], value) for name, value in mean.moments.items())
+        assert all(torch.equal(weights[name], value) for name, value in mean.averages.items())
 
 
 def test_outer_step_is_nesterov_of_torch_on_the_changes() -> None:
@@ -131,7 +159,7 @@ def test_table_is_made_from_the_lines_of_a_killed_run(tmp_path: Path, capsys: py
     for steps, loss in CURVE:
         write_cell(tmp_path, replace(ONE, steps=steps), Result(loss, 1.0))
     for rate, loss in ((1.0, 0.85), (2.0, 0.8), (4.0, 0.95)):
-        write_cell(tmp_path, replace(LANES, steps=100, rate=rate), Result(loss, 1.0))
+        write_cell(tmp_path, replace(TWO_LANES, steps=100, rate=rate), Result(loss, 1.0))
     with (tmp_path / LINES).open("a") as lines:
         lines.write(json.dumps(asdict(ONE))[:20])
     assert len(read_cells(tmp_path)) == 6
