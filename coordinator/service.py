@@ -174,7 +174,7 @@ class Service:
         )
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
         earlier = self.snapshot.history if self.snapshot else lambda: None
-        self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier)
+        self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier, self.settings.about)
         self.snapshot_keeper = SnapshotKeeper(self.folder, self.ledger, self.snapshot, self._drop_snapshot)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()

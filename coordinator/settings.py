@@ -193,6 +193,7 @@ class ServeSettings(_Settings):
         description="host:port of the HTTP server with the run's page, its API, metrics and blobs; port 0: a free one, whose "
         "address is printed; off: none",
     )
+    about: str = Field(default="", max_length=300, description="One sentence about the run, for its page")
     threads: Count = Field(default=1, description="CPU threads of each worker process, for checks, audits, router and samples")
     nice: int = Field(
         default=5, ge=0, le=19,

@@ -1,4 +1,4 @@
-"""`lutetia coordinator serve|replay|backup|restore|pardon|rollback`: serve a run and maintain its folder."""
+"""`lutetia coordinator serve|replay|backup|restore|export|pardon|rollback`: serve a run and maintain its folder."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def serve(
     config: Annotated[Path | None, setting("COORDINATOR_CONFIG", "TOML file with settings; options override it.")] = None,
     listen: Annotated[str | None, setting("COORDINATOR_LISTEN")] = None,
     http: Annotated[str | None, setting("HTTP")] = None,
+    about: Annotated[str | None, setting("ABOUT")] = None,
     stitch: Annotated[str | None, setting("STITCH")] = None,
     threads: Annotated[int | None, setting("COORDINATOR_THREADS", min=1)] = None,
     device: Annotated[str | None, setting("COORDINATOR_DEVICE")] = None,
@@ -41,7 +42,7 @@ def serve(
     from lutetia.coordinator.settings import ServeSettings
 
     flags = given(
-        listen=listen, http=http, stitch=stitch, threads=threads, device=device, gallery=gallery,
+        listen=listen, http=http, about=about, stitch=stitch, threads=threads, device=device, gallery=gallery,
         lend_checks=lend_checks or None, checkers=tuple(checkers) if checkers else None,
         exit_when_done=exit_when_done or None, keep_all_weights=keep_all_weights or None, recover=recover or None,
     )  # fmt: skip
@@ -148,6 +149,32 @@ def restore(
     document = {"folder": str(run), "run": index.run, "events": index.events, "accepted": index.accepted}
     text = f"Run {index.name} is in {run}, as it was at event {index.events}. Continue it with: lutetia coordinator serve {run}"
     emit(document, as_json, lambda: text)
+
+
+@app.command("export")
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="Folder of the page. An earlier export in it is replaced.", metavar="OUT")],
+    gallery_bytes: Annotated[
+        int,
+        setting("EXPORT_GALLERY_BYTES", "Most bytes of the galleries of earlier mixtures; the newest is always written.", min=0),
+    ] = 100_000_000,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write the run's page as files, with its history up to now, for any static host or to open from the disk.
+
+    It shows what the page shows, the ticket included, needs no server and asks no other host. The run may be served meanwhile.
+    """
+    import dataclasses
+    import time
+
+    from lutetia.cli.formatting import size
+    from lutetia.coordinator.web.export import export_page
+
+    done = export_page(run, out, time.time(), gallery_bytes)
+    document = {"folder": str(out), **dataclasses.asdict(done)}
+    many = f"{done.events} events, the galleries of {done.stitches} mixtures, {size(done.bytes)} in {done.files} files"
+    emit(document, as_json, lambda: f"{out / 'index.html'} is the run's page: {many}.")
 
 
 @app.command("pardon")

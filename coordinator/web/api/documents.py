@@ -36,6 +36,7 @@ class AcceptedPoint(_ResultPoint):
         default="", description="The check that it failed and the replay that proved it; empty: it passed all checks"
     )
     void: bool = Field(default=False, description="Whether it was rolled back since")
+    void_event: int | None = Field(default=None, description="Number of the event that rolled it back; null: none did")
 
 
 class RefusedPoint(_ResultPoint):
@@ -124,6 +125,13 @@ class RunDocument(Frozen):
     memory_bytes: int = Field(description="Memory that a volunteer's device must have, in bytes; 0: any")
     disk_bytes: int = Field(description="Free disk space that a volunteer must have, in bytes; 0: any")
     stalls: tuple[StallStatus, ...] = Field(description="What does not go on, why, and what to do")
+    about: str = Field(default="", description="What the owner says of the run, in one sentence")
+    bytes_accepted: int = Field(default=0, description="Bytes of the weights of all accepted results, void ones included")
+    disk_free_bytes: int | None = Field(default=None, description="Free space of the coordinator's disk; null: not known")
+    disk_needed_bytes: int = Field(default=0, description="Below so much free space the next results may not fit")
+    reach: Literal["machine", "network", "anyone"] | None = Field(
+        default=None, description="Who can dial an address of the ticket: this machine, its network, or anyone; null: no ticket"
+    )
 
 
 class ShardDocument(Frozen):
@@ -136,6 +144,7 @@ class ShardDocument(Frozen):
     initial_loss: float | None = Field(description="Held-out loss before any training; null: not measured yet")
     accepted: tuple[AcceptedPoint, ...] = Field(description="Its accepted results, void ones included, oldest first")
     refused: tuple[RefusedPoint, ...] = Field(description="The last results that were refused for good, oldest first")
+    sheet: str | None = Field(default=None, description="Where its contact sheet of training clips is; null: it has none")
 
 
 class PeerDocument(Frozen):

@@ -73,6 +73,7 @@ class History:
     events: int = 0
     shards: dict[int, ShardHistory] = field(default_factory=dict)
     authors: dict[str, AuthorHistory] = field(default_factory=dict)
+    weights_bytes: int = 0
     routers: list[RouterPoint] = field(default_factory=list)
     mixtures: list[MixturePoint] = field(default_factory=list)
     _before: Annotated[dict[tuple[int, int], int], AsPairs()] = field(default_factory=dict)
@@ -101,9 +102,9 @@ class History:
             case AcceptanceRecovered():
                 self._accept(number, event.time, event.acceptance, None, "")
             case LineageRolledBack():
-                self._drop(event.shard, event.epoch)
+                self._drop(number, event.shard, event.epoch)
             case ResetRecovered():
-                self._drop(event.shard, 0)
+                self._drop(number, event.shard, 0)
             case ResultRefused():
                 self._refuse(number, event)
             case ResultSuperseded():
@@ -137,12 +138,13 @@ class History:
             weights=given.weights.digest, weights_size=given.weights.size, note=note,
         )  # fmt: skip
         self._before[given.shard, given.epoch] = given.samples
+        self.weights_bytes += given.weights.size
         self.shard(given.shard).accepted.append(point)
         author = self.author(given.author)
         author.samples, author.accepted, author.last_accepted = author.samples + point.trained, author.accepted + 1, time
         _keep(author.points, point)
 
-    def _drop(self, index: int, epoch: int) -> None:
+    def _drop(self, number: int, index: int, epoch: int) -> None:
         """The accepted epochs after `epoch` are void, and their samples count for nobody."""
         accepted = self.shard(index).accepted
         for place in range(len(accepted) - 1, -1, -1):
@@ -151,7 +153,7 @@ class History:
                 continue
             if point.epoch <= epoch:
                 break
-            accepted[place] = void = point.model_copy(update={"void": True})
+            accepted[place] = void = point.model_copy(update={"void": True, "void_event": number})
             author = self.author(point.author)
             author.samples, author.accepted, author.void = author.samples - point.trained, author.accepted - 1, author.void + 1
             author.points[:] = [void if kept.event == void.event else kept for kept in author.points]

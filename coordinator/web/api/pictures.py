@@ -21,6 +21,7 @@ from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.fields import MOST_SHARDS
 
 _CLIP = re.compile(r"[0-9]{3,6}\.gif")
+_SHEET = re.compile(r"[0-9]{3,6}\.png")
 _MIXTURE = r"[0-9a-f]{64}"
 _LARGEST_LIST = 16 << 20
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such thing"}}
@@ -86,6 +87,14 @@ def gallery_stitches(folder: RunFolder, history: History) -> tuple[GalleryStitch
     return tuple(
         GalleryStitch(mixture=point.mixture, event=point.event, time=point.time, epochs=point.epochs) for point in ordered
     )
+
+
+def shards_with_sheets(folder: RunFolder) -> frozenset[int]:
+    """The shards that have a contact sheet."""
+    try:
+        return frozenset(int(path.stem) for path in folder.sheets.iterdir() if _SHEET.fullmatch(path.name))
+    except OSError:
+        return frozenset()
 
 
 def _clip(entry: dict[str, Any], root: str, real: dict[str, Any] | None) -> GalleryClip | None:
@@ -160,7 +169,7 @@ def add_pictures(router: APIRouter, source: RunSource, answers: Answers) -> None
         """One clip of a mixture's gallery, or of `real`, the training clips beside them, as a GIF."""
         return _file(folder.galleries / mixture, file, SAFE if mixture == REAL else _LASTING)
 
-    @router.get("/shards/{index}/sheet", response_class=FileResponse, responses=_MISSING)
+    @router.get("/shards/{index}/sheet.png", response_class=FileResponse, responses=_MISSING)
     async def sheet(index: Annotated[int, PathParameter(ge=0, lt=MOST_SHARDS)]) -> FileResponse:
         """The contact sheet of a shard: training clips that show what its expert learns, as a PNG."""
         path = folder.sheets / f"{index:03d}.png"

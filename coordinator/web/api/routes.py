@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
@@ -23,7 +25,8 @@ from lutetia.coordinator.web.api.documents import (
     ShardDocument,
 )
 from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
-from lutetia.coordinator.web.api.pictures import add_pictures
+from lutetia.coordinator.web.api.history import History
+from lutetia.coordinator.web.api.pictures import add_pictures, shards_with_sheets
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import SwarmStatus
@@ -39,7 +42,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such thing"}}
 
 
-class _Shards(Frozen):
+class ShardsDocument(Frozen):
     """All shards."""
 
     shards: tuple[ShardDocument, ...]
@@ -65,8 +68,11 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         """The run in a few numbers: progress, speed, arrival, peers, how to join, and what does not go on."""
         history, status = await source.up_to_date(), source.status()
         return answers.answer(
-            request, live_tag(status), lambda: views.run_document(status, source.manifest(), history, _ticket(source))
-        )
+            request, live_tag(status),
+            lambda: views.run_document(
+                status, source.manifest(), history, ticket_of(source), source.about, disk_free(source.folder.root)
+            ),
+        )  # fmt: skip
 
     @router.get("/status", response_model=SwarmStatus)
     async def whole_status(request: Request) -> Response:
@@ -74,19 +80,17 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         status = source.status()
         return answers.answer(request, live_tag(status), lambda: status)
 
-    @router.get("/shards", response_model=_Shards)
+    @router.get("/shards", response_model=ShardsDocument)
     async def shards(request: Request) -> Response:
         """All shards with their histories."""
         history, status = await source.up_to_date(), source.status()
-        return answers.answer(
-            request, live_tag(status), lambda: _Shards(shards=tuple(views.shard_documents(status, source.manifest(), history)))
-        )
+        return answers.answer(request, live_tag(status), lambda: all_shards(source, status, history))
 
     @router.get("/shards/{index}", response_model=ShardDocument, responses=_MISSING)
     async def shard(request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)]) -> Response:
         """One shard with its history."""
         history, status = await source.up_to_date(), source.status()
-        found = views.shard_documents(status, source.manifest(), history, index)
+        found = views.shard_documents(status, source.manifest(), history, index, shards_with_sheets(source.folder))
         if not found:
             raise HTTPException(404, f"the run has no shard {index}")
         return answers.answer(request, live_tag(status), lambda: found[0])
@@ -169,8 +173,23 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     return router
 
 
-def _ticket(source: RunSource) -> str:
+def all_shards(source: RunSource, status: SwarmStatus, history: History) -> ShardsDocument:
+    """All shards, with their contact sheets."""
+    sheets = shards_with_sheets(source.folder)
+    return ShardsDocument(shards=tuple(views.shard_documents(status, source.manifest(), history, sheets=sheets)))
+
+
+def ticket_of(source: RunSource) -> str:
+    """The ticket of the run; empty without its file."""
     try:
         return source.folder.ticket.read_text().strip()
     except OSError:
         return ""
+
+
+def disk_free(folder: Path) -> int | None:
+    """Free bytes of the disk that `folder` is on; None: not known."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

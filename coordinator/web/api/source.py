@@ -27,6 +27,7 @@ class RunSource:
         manifest: the newest manifest.
         status: makes the status document.
         earlier: reads the history of the ledger's first events, if a snapshot has it; else it is None. May block on the disk.
+        about: what the owner says of the run, in one sentence.
     """
 
     folder: RunFolder
@@ -34,6 +35,7 @@ class RunSource:
     manifest: Callable[[], Manifest]
     status: Callable[[], SwarmStatus]
     earlier: Callable[[], History | None] = lambda: None
+    about: str = ""
     history: History = field(default_factory=History)
     _more: set[asyncio.Event] = field(default_factory=set)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from lutetia.coordinator.addresses import Reach, reach_of_ticket
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.log import LedgerRow
 from lutetia.coordinator.mixtures.archive import find_description
@@ -36,14 +37,18 @@ from lutetia.models.mixing.description import SignedMixture
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.system.errors import LutetiaError
 
 HOUR = 3600.0
 _DAY = 24 * HOUR
 _PACE_WINDOW = 6 * HOUR
 _LAST_MIXTURES = 1000
+_LEAST_DISK = 1 << 30
 
 
-def run_document(status: SwarmStatus, manifest: Manifest, history: History, ticket: str) -> RunDocument:
+def run_document(
+    status: SwarmStatus, manifest: Manifest, history: History, ticket: str, about: str = "", disk_free: int | None = None
+) -> RunDocument:
     points = [point for shard in history.shards.values() for point in shard.accepted]
     state = "finished" if status.finished else "stitching" if status.done else "stalled" if status.stalled_shards else "training"
     return RunDocument(
@@ -57,8 +62,22 @@ def run_document(status: SwarmStatus, manifest: Manifest, history: History, tick
         peers_day=sum((author.last_accepted or 0.0) > status.time - _DAY for author in history.authors.values()),
         accepted=status.accepted, rejected=status.rejected, events=status.events, ticket=ticket,
         join=f"lutetia join {ticket}" if ticket else "", memory_bytes=manifest.hardware.memory_bytes,
-        disk_bytes=manifest.hardware.disk_bytes, stalls=status.stalls,
+        disk_bytes=manifest.hardware.disk_bytes, stalls=status.stalls, about=about, bytes_accepted=history.weights_bytes,
+        disk_free_bytes=disk_free, disk_needed_bytes=_disk_needed(history), reach=_reach(ticket),
     )  # fmt: skip
+
+
+def _disk_needed(history: History) -> int:
+    """Bytes of two more results of every shard: a training state takes about three times as much as the weights."""
+    newest = sum(shard.accepted[-1].weights_size for shard in history.shards.values() if shard.accepted)
+    return max(_LEAST_DISK, 2 * 4 * newest)
+
+
+def _reach(ticket: str) -> Reach | None:
+    try:
+        return reach_of_ticket(ticket)
+    except LutetiaError:
+        return None
 
 
 def arrival(status: SwarmStatus, history: History) -> Arrival:
@@ -83,8 +102,10 @@ def arrival(status: SwarmStatus, history: History) -> Arrival:
     return Arrival(seconds=seconds, basis=f"the slowest expert's accepted samples of the last {window / 60:.0f} minutes")
 
 
-def shard_documents(status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None) -> list[ShardDocument]:
-    """All shards, or the one with `index`."""
+def shard_documents(
+    status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None, sheets: Collection[int] = ()
+) -> list[ShardDocument]:
+    """All shards, or the one with `index`. `sheets`: those that have a contact sheet."""
     documents = []
     for shard in status.shards:
         if index in (None, shard.shard):
@@ -93,6 +114,7 @@ def shard_documents(status: SwarmStatus, manifest: Manifest, history: History, i
                 ShardDocument(
                     status=shard, clips=spec.clips, prior=spec.prior, expert=manifest.expert_of(shard.shard).class_name,
                     initial_loss=past.initial_loss, accepted=tuple(past.accepted), refused=tuple(past.refused),
+                    sheet=f"/api/v1/shards/{shard.shard}/sheet.png" if shard.shard in sheets else None,
                 )
             )  # fmt: skip
     return documents

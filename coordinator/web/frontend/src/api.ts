@@ -3,6 +3,7 @@
 export interface Accepted {
   event: number; time: number; shard: number; epoch: number; samples: number; trained: number; loss: number
   parent_loss: number | null; author: string; checkpoint: string; weights: string; weights_size: number; note: string; void: boolean
+  void_event: number | null
 }
 export interface Refused {
   event: number; time: number; shard: number; epoch: number; owner: string; checkpoint: string; verdict: string; check: string; text: string
@@ -10,10 +11,11 @@ export interface Refused {
 export interface Stall { kind: string; shard: number | null; epoch: number | null; owner: string | null; since: number; why: string; remedy: string }
 export interface Run {
   run: string; name: string; owner: string; coordinator: string; software: string; manifest_version: number; created: number
-  expires: number; time: number; state: 'training' | 'stalled' | 'stitching' | 'finished'; experts: number; samples: number
+  expires: number; time: number; state: 'training' | 'stalled' | 'stitching' | 'finished' | 'paused'; experts: number; samples: number
   samples_budget: number; samples_per_second: number; arrival: { seconds: number | null; basis: string }; peers_working: number
   peers_online: number; peers_day: number; accepted: number; rejected: number; events: number; ticket: string; join: string
-  memory_bytes: number; disk_bytes: number; stalls: Stall[]
+  memory_bytes: number; disk_bytes: number; stalls: Stall[]; about: string; bytes_accepted: number; disk_free_bytes: number | null
+  disk_needed_bytes: number; reach: 'machine' | 'network' | 'anyone' | null
 }
 export interface ShardStatus {
   shard: number; name: string; epoch: number; epochs: number; samples: number; samples_budget: number; state: string
@@ -22,6 +24,7 @@ export interface ShardStatus {
 }
 export interface Shard {
   status: ShardStatus; clips: number; prior: number; expert: string; initial_loss: number | null; accepted: Accepted[]; refused: Refused[]
+  sheet: string | null
 }
 export interface Node { state: string; health: string; device: string; samples_per_second: number; shard: number | null; software: string; link: string | null }
 export interface Peer {
@@ -34,34 +37,80 @@ export interface PeerHistory extends Peer { points: Accepted[]; refused: Refused
 export interface Router { event: number; time: number; accuracy: number; accuracy_by_time: number[]; calibration_error: number | null; router: string }
 export interface Series { routers: Router[]; throughput: { time: number; samples: number; results: number }[] }
 export interface EventLine { event: number; time: number; kind: string; text: string }
-export interface Clip { prompt: string; file: string; url: string; seed: number }
+export interface RealClip { url: string; caption: string; same: boolean; similarity: number; shard: number }
+export interface Clip { prompt: string; file: string; url: string; seed: number; experts: [number, number][][]; real: RealClip | null }
+export interface Stitch { mixture: string; event: number; time: number; epochs: number[] }
+export interface Pictures { mixture: string | null; clips: Clip[]; stitches: Stitch[] }
 
-export interface Everything { run: Run; shards: Shard[]; peers: Peer[]; peersTotal: number; series: Series; clips: Clip[]; events: EventLine[] }
+export interface Everything { run: Run; shards: Shard[]; peers: Peer[]; peersTotal: number; series: Series; pictures: Pictures }
 
-const PEERS_SHOWN = 200
-const EVENTS_SHOWN = 400
+/** Events are read in pages of so many; the first page has number 0. */
+export const EVENTS_OF_PAGE = 500
 
+/** Set in the page of a static export, whose documents are scripts below data/, since a page from a file may not fetch any other. */
+export const exported = 'export' in document.documentElement.dataset
+
+const waiting = new Map<string, (document: unknown) => void>()
+
+function script(name: string): Promise<unknown> {
+  return new Promise((resolve, reject) => {
+    const element = document.createElement('script')
+    waiting.set(name, resolve)
+    element.onload = () => element.remove()
+    element.onerror = () => { waiting.delete(name); element.remove(); reject(new Error('this export has no such page')) }
+    element.src = `data/${name}.js`
+    document.head.append(element)
+  })
+}
+
+if (exported) {
+  Object.assign(globalThis, { lutetia: (name: string, found: unknown) => { waiting.get(name)?.(found); waiting.delete(name) } })
+}
+
+/** The document at `path` below /api/v1; in an export, the one of this name without its query. */
 export async function get<T>(path: string): Promise<T> {
+  if (exported) return (await script(path.split('?')[0]!)) as T
   const answer = await fetch(`api/v1/${path}`)
   if (!answer.ok) {
     const problem = (await answer.json().catch(() => null)) as { detail?: unknown } | null
-    throw new Error(typeof problem?.detail === 'string' ? problem.detail : `the coordinator answered ${answer.status}`)
+    throw new Error(typeof problem?.detail === 'string' ? problem.detail : `the server answered ${answer.status}`)
   }
   return (await answer.json()) as T
 }
 
+/** A link of the API, relative to this page, which may lie below a path. */
+export function linked(url: string): string {
+  return url.replace(/^\//, '')
+}
+
+const PEERS_SHOWN = 200
+let kept: Everything | null = null
+
 export async function readAll(): Promise<Everything> {
-  const [run, shards, peers, series, gallery] = await Promise.all([
+  if (exported && kept) return kept
+  const [run, shards, peers, series, pictures] = await Promise.all([
     get<Run>('run'), get<{ shards: Shard[] }>('shards'), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
-    get<Series>('metrics'), get<{ clips: Clip[] }>('gallery'),
+    get<Series>('metrics'), get<Pictures>('gallery'),
   ])
-  const after = Math.max(0, run.events - EVENTS_SHOWN)
-  const events = await get<{ events: EventLine[] }>(`events?after=${after}&limit=${EVENTS_SHOWN}`)
-  return { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, clips: gallery.clips, events: events.events }
+  kept = { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, pictures }
+  return kept
+}
+
+const pages = new Map<number, EventLine[]>()
+
+/** One page of events. Whole pages never change, so they are read once. */
+export async function readEvents(page: number): Promise<EventLine[]> {
+  const known = pages.get(page)
+  if (known) return known
+  const path = exported ? `events/${page}` : `events?after=${page * EVENTS_OF_PAGE}&limit=${EVENTS_OF_PAGE}`
+  const lines = (await get<{ events: EventLine[] }>(path)).events
+  if (exported || lines.length === EVENTS_OF_PAGE) pages.set(page, lines)
+  return lines
 }
 
 /** Calls `onEvent` for each new event of the ledger, and `onLink` when the connection comes and goes. Returns how to end it. */
 export function follow(onEvent: () => void, onLink: (up: boolean) => void): () => void {
+  if (exported) return () => {}
   const stream = new EventSource('api/v1/events/stream')
   stream.addEventListener('ledger', onEvent)
   stream.addEventListener('open', () => onLink(true))

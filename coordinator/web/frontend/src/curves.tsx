@@ -1,7 +1,8 @@
 import { useEffect, useRef } from 'preact/hooks'
 import uPlot from 'uplot'
 import type { Router, Series, Shard } from './api'
-import { count, expert, hue } from './format'
+import { count, expert, hue, moment as when } from './format'
+import type { Hour } from './past'
 
 function colour(name: string): string {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim()
@@ -64,9 +65,9 @@ function RouterBins({ router }: { router: Router }) {
   )
 }
 
-export function Curves({ shards, series, until }: { shards: Shard[]; series: Series; until: number }) {
+export function Curves({ shards, series, until, hours: every }: { shards: Shard[]; series: Series; until: number; hours: Hour[] }) {
   const router = series.routers.filter((each) => each.event <= until).at(-1)
-  const hours = series.throughput.slice(-48)
+  const hours = every.slice(-48)
   return (
     <section aria-labelledby="curves">
       <h2 id="curves">Curves</h2>
@@ -76,7 +77,7 @@ export function Curves({ shards, series, until }: { shards: Shard[]; series: Ser
         {hours.length > 0 && (
           <figure>
             <figcaption>Accepted samples by the hour, the last {hours.length} hours with work</figcaption>
-            <Bars values={hours.map((hour) => hour.samples)} labels={hours.map((hour) => new Date(1000 * hour.time).toISOString().slice(0, 16).replace('T', ' '))} label="Accepted samples by the hour" most={Math.max(...hours.map((hour) => hour.samples))} />
+            <Bars values={hours.map((hour) => hour.samples)} labels={hours.map((hour) => when(hour.time))} label="Accepted samples by the hour" most={Math.max(...hours.map((hour) => hour.samples))} />
           </figure>
         )}
       </div>

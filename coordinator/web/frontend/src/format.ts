@@ -1,14 +1,18 @@
 /** Numbers, times and names in words. */
 
+const STEPS: [number, string][] = [[1e18, 'E'], [1e15, 'P'], [1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k']]
+
+function scaled(value: number, from: number): string | null {
+  const step = value >= from ? STEPS.find(([size]) => value >= size) : undefined
+  return step ? `${(value / step[0]).toFixed(1)} ${step[1]}` : null
+}
+
 export function count(value: number): string {
-  if (value >= 1e9) return `${(value / 1e9).toFixed(1)} G`
-  if (value >= 1e6) return `${(value / 1e6).toFixed(1)} M`
-  if (value >= 1e4) return `${(value / 1e3).toFixed(1)} k`
-  return Math.round(value).toLocaleString('en')
+  return scaled(value, 1e4) ?? Math.round(value).toLocaleString('en')
 }
 
 export function bytes(value: number): string {
-  return value >= 1e9 ? `${(value / 1e9).toFixed(1)} GB` : `${Math.ceil(value / 1e6)} MB`
+  return `${scaled(value, 1e3) ?? `${Math.round(value)} `}B`
 }
 
 export function span(seconds: number): string {
@@ -22,6 +26,11 @@ export function ago(time: number | null, now: number): string {
   return time === null ? 'never' : `${span(Math.max(0, now - time))} ago`
 }
 
+/** A time of the run, in UTC. */
+export function moment(time: number): string {
+  return `${new Date(1000 * time).toISOString().slice(0, 16).replace('T', ' ')} UTC`
+}
+
 export function expert(index: number): string {
   return String(index).padStart(3, '0')
 }
@@ -31,7 +40,7 @@ export function short(key: string): string {
 }
 
 export function rate(value: number): string {
-  return value >= 10 ? value.toFixed(0) : value.toPrecision(2)
+  return value === 0 ? '0' : value >= 10 ? value.toFixed(0) : value.toPrecision(2)
 }
 
 /** A colour for each of `count` experts, of like lightness; it is never the only mark. */

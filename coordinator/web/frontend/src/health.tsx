@@ -1,27 +1,41 @@
-import type { Everything, Stall } from './api'
-import { ago, expert } from './format'
-import { pace } from './past'
+import { exported, type Everything, type Stall } from './api'
+import { ago, bytes, expert, span } from './format'
+import { last, pace, type Moment } from './past'
 
 interface Line { level: 'red' | 'amber'; what: string; since: string; why: string; todo: string }
 
-/** Everything that is wrong, red first. */
-export function problems(all: Everything): Line[] {
-  const now = all.run.time
-  const lines = together(all.run.stalls, now)
-  for (const shard of all.shards) {
+/** Everything that is wrong at the moment, red first. What only live records show is known of the present alone. */
+export function problems(all: Everything, moment: Moment): Line[] {
+  const { run } = all
+  const lines = moment.present ? [...together(run.stalls, moment.now), ...ofTheCoordinator(all)] : []
+  for (const shard of moment.shards) {
     const { status, accepted, refused } = shard
     const usual = pace(accepted)
-    const stalled = all.run.stalls.some((stall) => stall.shard === status.shard)
-    if (!stalled && status.state !== 'done' && usual !== null && status.last_accepted !== null && now - status.last_accepted > 3 * usual) {
-      lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(status.last_accepted, now), why: 'No result was accepted for three times its usual pace.', todo: `lutetia run why ${status.shard}` })
+    const newest = last(accepted)
+    const stalled = moment.present && run.stalls.some((stall) => stall.shard === status.shard && stall.kind === 'shard')
+    if (!stalled && newest && newest.epoch < status.epochs && run.state !== 'finished' && usual !== null && moment.now - newest.time > 3 * usual) {
+      lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(newest.time, moment.now), why: `No result was accepted for three times its usual pace, one in ${span(usual)}.`, todo: `lutetia run why ${status.shard}` })
     }
-    const twice = refused.find((point, i) => refused.some((other, j) => j < i && other.checkpoint === point.checkpoint && other.owner !== point.owner))
-    if (twice) lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(twice.time, now), why: `Two peers made the same result, and it was refused (${twice.check}).`, todo: `lutetia run why ${status.shard}` })
-    if (status.copies === 1) lines.push({ level: 'amber', what: `expert ${expert(status.shard)}`, since: '', why: 'Only one volunteer holds a copy of its checkpoint.', todo: 'More volunteers, or the coordinator’s own backup.' })
+    const twice = refused.find((point, i) => refused.some((other, j) => j < i && other.checkpoint === point.checkpoint))
+    if (twice && (newest?.time ?? 0) < twice.time) lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(twice.time, moment.now), why: `The same result was refused twice (${twice.check}), and none was accepted since.`, todo: `lutetia run why ${status.shard}` })
+    if (moment.present && status.copies === 1) lines.push({ level: 'amber', what: `expert ${expert(status.shard)}`, since: '', why: 'Only one volunteer holds a copy of its checkpoint.', todo: 'More volunteers, or a backup: lutetia coordinator backup.' })
   }
-  const versions = new Set(all.peers.flatMap((peer) => (peer.node ? [peer.node.software] : [])))
-  if (versions.size > 1) lines.push({ level: 'amber', what: 'versions', since: '', why: `Peers run ${[...versions].sort().join(', ')}.`, todo: 'Older ones are welcome as long as they work.' })
   return lines.sort((a, b) => Number(a.level === 'amber') - Number(b.level === 'amber'))
+}
+
+function ofTheCoordinator({ run, peers }: Everything): Line[] {
+  const lines: Line[] = []
+  if (run.disk_free_bytes !== null && run.disk_free_bytes < run.disk_needed_bytes) {
+    lines.push({ level: 'red', what: 'disk of the coordinator', since: '', why: `${bytes(run.disk_free_bytes)} are free; the next results of all experts may need ${bytes(run.disk_needed_bytes)}.`, todo: 'Free space, or move the run to a larger disk.' })
+  }
+  if (run.peers_online === 0 && run.peers_day > 0 && run.state !== 'finished') {
+    lines.push({ level: 'red', what: 'bootstrap', since: '', why: 'No peer is online, though some were within 24 hours: the ticket’s address may not be reached from outside.', todo: 'Check its port from another machine: lutetia doctor TICKET.' })
+  }
+  if (run.expires < run.time) lines.push({ level: 'red', what: 'manifest', since: ago(run.expires, run.time), why: 'The manifest has expired: nobody can join.', todo: 'lutetia run upgrade' })
+  if (run.reach === 'machine') lines.push({ level: 'amber', what: 'bootstrap', since: '', why: 'The ticket names addresses of this machine alone: nobody else can join.', todo: 'Name a public address when the run is created.' })
+  const versions = new Set(peers.flatMap((peer) => (peer.node ? [peer.node.software] : [])))
+  if (versions.size > 1) lines.push({ level: 'amber', what: 'versions', since: '', why: `Peers run ${[...versions].sort().join(', ')}.`, todo: 'Older ones are welcome as long as they work.' })
+  return lines
 }
 
 /** One line for all stalls of the same kind and cause. */
@@ -40,17 +54,18 @@ function name(stall: Stall): string {
   return stall.kind === 'shard' ? `expert ${expert(stall.shard ?? 0)}` : `${stall.kind} of expert ${expert(stall.shard ?? 0)} epoch ${stall.epoch}`
 }
 
-export function Health({ all }: { all: Everything }) {
-  const lines = problems(all)
+export function Health({ all, moment }: { all: Everything; moment: Moment }) {
+  const lines = problems(all, moment)
+  const when = moment.present ? (exported ? ' when this page was exported' : '') : ' at that moment, as far as the ledger says'
   return (
     <section aria-labelledby="health">
       <h2 id="health">Health</h2>
-      {lines.length === 0 ? <p class="good">Nothing stands still.</p> : (
+      {lines.length === 0 ? <p class="good">Nothing stands still{when}.</p> : (
         <ul class="health">
           {lines.map((line, i) => (
             <li key={i} class={line.level}>
               <strong>{line.level === 'red' ? 'Red' : 'Note'}: {line.what}</strong>{line.since && <span class="soft"> · {line.since}</span>}
-              <br />{line.why} <span class="todo">{line.todo}</span>
+              <br /><span dir="auto">{line.why}</span> <span class="todo">{line.todo}</span>
             </li>
           ))}
         </ul>

@@ -4,13 +4,14 @@ import { render } from 'preact'
 import { useEffect, useMemo, useState } from 'preact/hooks'
 import 'uplot/dist/uPlot.min.css'
 import './style.css'
-import { follow, readAll, type Everything } from './api'
+import { exported, follow, readAll, type Everything } from './api'
 import { Coverage } from './coverage'
 import { Curves } from './curves'
 import { Events } from './events'
 import { Gallery } from './gallery'
+import { moment as when } from './format'
 import { Header, Join } from './header'
-import { Health } from './health'
+import { Health, problems } from './health'
 import { at } from './past'
 import { People } from './people'
 
@@ -18,6 +19,7 @@ const REFRESH_SECONDS = 10
 /** Without an event the live numbers are read again so often. */
 const SETTLE_SECONDS = 1
 /** Events that come close together are read at once. */
+const PARTS = ['join', 'gallery', 'health', 'coverage', 'curves', 'people', 'events']
 
 function App() {
   const [all, setAll] = useState<Everything | null>(null)
@@ -35,7 +37,7 @@ function App() {
       } catch (error) {
         if (!ended) { setProblem((error as Error).message); setLink(false) }
       }
-      if (!ended) plan(REFRESH_SECONDS)
+      if (!ended && !exported) plan(REFRESH_SECONDS)
     }
     void read()
     const end = follow(() => plan(SETTLE_SECONDS), setLink)
@@ -44,24 +46,25 @@ function App() {
   useEffect(() => { if (all) document.title = `${all.run.name} · Lutetia` }, [all?.run.name])
   const moment = useMemo(() => (all ? at(all, until ?? all.run.events) : null), [all, until])
   if (!all || !moment) return problem ? <p class="bad" role="alert">The run cannot be read: {problem}. Trying again.</p> : <p class="soft">Reading the run…</p>
+  const red = problems(all, moment).filter((line) => line.level === 'red').length
   return (
     <main>
-      <Header run={all.run} moment={moment} live={until === null} link={link} />
-      <nav aria-label="Parts of this page">{['join', 'health', 'gallery', 'coverage', 'curves', 'people', 'events'].map((part) => <a key={part} href={`#${part}`} onClick={(event) => { event.preventDefault(); document.getElementById(part)?.scrollIntoView() }}>{part}</a>)}</nav>
-      <Health all={all} />
-      <Gallery clips={all.clips} run={all.run} />
+      <Header run={all.run} moment={moment} link={link} />
+      <nav aria-label="Parts of this page">{PARTS.map((part) => <a key={part} class={part === 'join' ? 'main' : part === 'health' && red ? 'bad' : ''} href={`#${part}`} onClick={(event) => { event.preventDefault(); document.getElementById(part)?.scrollIntoView() }}>{part === 'health' && red ? `health: ${red} red` : part}</a>)}</nav>
       <div class="machine">
-        <label>Time machine: everything below as of event <output>{moment.event}</output>
-          <input type="range" min={1} max={all.run.events} value={moment.event} onInput={(event) => { const value = Number(event.currentTarget.value); setUntil(value >= all.run.events ? null : value) }} />
+        <label>Time machine: everything as of event <strong>{moment.event}</strong> of {all.run.events} <span class="soft">· {when(moment.time)}</span>
+          <input type="range" min={1} max={all.run.events} value={moment.event} aria-valuetext={`event ${moment.event}, ${when(moment.time)}`} onInput={(event) => { const value = Number(event.currentTarget.value); setUntil(value >= all.run.events ? null : value) }} />
         </label>
         <button disabled={until === null} onClick={() => setUntil(null)}>now</button>
       </div>
+      <Gallery all={all} moment={moment} />
+      <Health all={all} moment={moment} />
       <Coverage moment={moment} since={all.run.created} />
-      <Curves shards={moment.shards} series={all.series} until={moment.event} />
-      <People peers={all.peers} total={all.peersTotal} now={all.run.time} events={all.run.events} />
-      <Events events={all.events} until={moment.event} now={all.run.time} />
+      <Curves shards={moment.shards} series={all.series} until={moment.event} hours={moment.hours} />
+      <People moment={moment} events={all.run.events} />
+      <Events moment={moment} />
       <Join run={all.run} />
-      <footer class="soft">Run <code>{all.run.run}</code>, manifest version {all.run.manifest_version}, coordinator {all.run.software}. <a href="api/v1/openapi.json">API</a> · <a href="status.json">JSON</a> · <a href="plain">without scripts</a> · <a href="metrics">metrics</a></footer>
+      <footer class="soft">Run <code>{all.run.run}</code>, manifest version {all.run.manifest_version}, coordinator {all.run.software}.{!exported && <> <a href="api/v1/openapi.json">API</a> · <a href="status.json">JSON</a> · <a href="plain">without scripts</a> · <a href="metrics">metrics</a></>}</footer>
     </main>
   )
 }

@@ -1,13 +1,15 @@
 import { useEffect, useState } from 'preact/hooks'
-import { get, type Peer, type PeerHistory } from './api'
+import { exported, get, type Peer, type PeerHistory } from './api'
 import { ago, count, expert, short } from './format'
+import type { Moment } from './past'
 
 /** The public key or peer id in the address, as #peer=…; null without one. */
 export function wanted(): string | null {
   return location.hash.startsWith('#peer=') ? decodeURIComponent(location.hash.slice(6)) : null
 }
 
-export function People({ peers, total, now, events }: { peers: Peer[]; total: number; now: number; events: number }) {
+export function People({ moment, events }: { moment: Moment; events: number }) {
+  const { peers, peersTotal: total, now, present } = moment
   const [who, setWho] = useState(wanted())
   const [typed, setTyped] = useState('')
   useEffect(() => {
@@ -21,7 +23,7 @@ export function People({ peers, total, now, events }: { peers: Peer[]; total: nu
       <form onSubmit={(event) => { event.preventDefault(); location.hash = `peer=${encodeURIComponent(typed.trim())}` }}>
         <label>Find me, by peer id or public key <input value={typed} onInput={(event) => setTyped(event.currentTarget.value)} maxLength={128} spellcheck={false} /></label> <button>find</button>
       </form>
-      {who && <Page who={who} now={now} events={events} />}
+      {who && <Page who={(exported && peers.find((peer) => peer.peer_id === who)?.owner) || who} now={now} events={events} />}
       <div class="scroll" tabIndex={0}>
         <table>
           <thead><tr><th scope="col">peer</th><th scope="col">device</th><th scope="col">health</th><th scope="col">expert</th><th scope="col">accepted samples</th><th scope="col">results</th><th scope="col">invalid</th><th scope="col">last accepted</th></tr></thead>
@@ -29,7 +31,7 @@ export function People({ peers, total, now, events }: { peers: Peer[]; total: nu
             {peers.map((peer) => (
               <tr key={peer.owner}>
                 <td><a href={`#peer=${peer.owner}`}><code>{short(peer.owner)}</code></a></td><td>{peer.node?.device ?? '–'}</td>
-                <td class={peer.quarantined ? 'bad' : peer.node?.health === 'working' ? 'good' : ''}>{peer.quarantined ? 'quarantined' : (peer.node?.health ?? 'not online')}</td>
+                <td class={peer.quarantined ? 'bad' : peer.node?.health === 'working' ? 'good' : ''}>{peer.quarantined ? 'quarantined' : present ? (peer.node?.health ?? 'not online') : '–'}</td>
                 <td>{peer.node?.shard == null ? '–' : expert(peer.node.shard)}</td><td class="n">{count(peer.samples)}</td><td class="n">{peer.accepted}</td><td class="n">{peer.invalid}</td><td class="n">{ago(peer.last_accepted, now)}</td>
               </tr>
             ))}

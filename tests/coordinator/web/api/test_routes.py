@@ -144,9 +144,9 @@ async def test_gallery_of_every_stitch_with_real_clips_and_experts(run: Recorded
         assert [clip.content[:4] for clip in clips] == [b"GIF8", b"GIF8"]
         assert clips[0].content != clips[1].content
         assert (await client.get(newest["clips"][1]["real"]["url"])).headers["content-type"] == "image/gif"
-        assert (await client.get(f"{API}/shards/0/sheet")).headers["content-type"] == "image/png"
+        assert (await client.get(f"{API}/shards/0/sheet.png")).headers["content-type"] == "image/png"
         for wrong in (
-            "shards/1/sheet",
+            "shards/1/sheet.png",
             f"galleries/{'0' * 64}",
             f"galleries/{digests[0]}/gallery.json",
             "galleries/real/x.gif",
