@@ -87,19 +87,34 @@ class TrainingProgress:
         self, line: StatusLineHandler | None, log: Callable[[str], None], clock: Callable[[], float] = time.time
     ) -> None:  # fmt: skip
         self._line, self._log, self._clock = line, log, clock
-        self._logged: tuple[float, Any] = (float("-inf"), None)
+        self._logged: dict[str | None, tuple[float, Any]] = {}
 
     def __call__(self, status: Mapping[str, Any]) -> None:
-        """Show the progress in the daemon's status document."""
-        now = self._clock()
-        text = training_line(status, now)
-        if self._line:
+        """Show the progress in the daemon's status document, that of each device if there are several."""
+        now, devices = self._clock(), status.get("devices") or ()
+        if self._line and len(devices) < 2:
+            text = training_line(status, now)
             self._line.set_status(text and f"{bar(status['step'] / status['steps'], 20)} {text}")
-            return
-        work = status["shard"], status["epoch"]
-        if text and (now - self._logged[0] >= _LINE_SECONDS or work != self._logged[1]):
-            self._logged = now, work
-            self._log(text)
+        elif self._line:
+            self._line.set_status(" | ".join(_short(each) for each in devices))
+        else:
+            for each in devices if len(devices) > 1 else (status,):
+                self._log_line(each, f"{each['device']}: " if len(devices) > 1 else "", now)
+
+    def _log_line(self, status: Mapping[str, Any], where: str, now: float) -> None:
+        text, work = training_line(status, now), (status["shard"], status["epoch"])
+        logged_at, logged = self._logged.get(status["device"], (float("-inf"), None))
+        if text and (now - logged_at >= _LINE_SECONDS or work != logged):
+            self._logged[status["device"]] = now, work
+            self._log(where + text)
+
+
+def _short(device: Mapping[str, Any]) -> str:
+    """One of several devices, in a few words."""
+    if device["shard"] is None or not device["steps"]:
+        return f"{device['device']} {device['state']}"
+    done = f"epoch {current_epoch(device)}/{device['epochs']} step {device['step']}/{device['steps']}"
+    return f"{device['device']} expert {device['shard']} {done}"
 
 
 def current_epoch(status: Mapping[str, Any]) -> int:

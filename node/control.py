@@ -19,7 +19,6 @@ from pydantic import Field, ValidationError
 
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import first_problem
-from lutetia.protocol.schema.records import NodeState
 from lutetia.system.errors import LutetiaError, UnreachableError, UsageError
 from lutetia.system.files import disk_errors
 
@@ -35,46 +34,9 @@ class ControlRequest(Frozen):
 
     verb: Literal["status", "pause", "resume", "finish", "leave"] = Field(description="What to do; all verbs return the status")
     seconds: float | None = Field(default=None, gt=0, le=366 * 86_400, description="Length of a pause; None: until resume")
-
-
-class LocalStatus(Frozen):
-    """What the node does, and whether its work counts. Fields of a shard are None while the node has none."""
-
-    state: NodeState = Field(description="What the node does now")
-    reason: str = Field(description="Why it is in this state, in one sentence")
-    since: float = Field(description="When it entered this state, in Unix seconds")
-    owner: str = Field(description="The node's public key, 64 hexadecimal digits")
-    peer_id: str = Field(description="The node's peer id")
-    run: str | None = Field(default=None, description="The run's id")
-    name: str | None = Field(default=None, description="The run's name")
-    manifest_version: int | None = Field(default=None, description="Version of the manifest that the node follows")
-    shard: int | None = Field(default=None, description="Index of the shard that the node works on")
-    shard_name: str | None = Field(default=None, description="Name of that shard")
-    epoch: int | None = Field(default=None, description="Newest accepted epoch of that shard, as the node knows it")
-    epochs: int | None = Field(default=None, description="Epochs of each shard in total")
-    step: int | None = Field(default=None, description="Training steps done in the current epoch")
-    steps: int | None = Field(default=None, description="Training steps of an epoch")
-    samples: int | None = Field(default=None, description="Samples of the shard that this work has seen so far")
-    loss: float | None = Field(default=None, description="Training loss of the last step")
-    samples_per_second: float | None = Field(default=None, description="Training speed of the last seconds")
-    pending: int = Field(default=0, description="Own checkpoints that wait for acceptance")
-    accepted: int = Field(default=0, description="Checkpoints of this node that the run has accepted")
-    accepted_today: int = Field(default=0, description="Those accepted since local midnight")
-    refused: int = Field(default=0, description="Checkpoints of this node that were refused")
-    last_accepted: float | None = Field(default=None, description="When the last one was accepted, in Unix seconds")
-    due: float | None = Field(default=None, description="When the next checkpoint is expected, in Unix seconds")
-    paused_until: float | None = Field(default=None, description="When the pause ends, in Unix seconds; None: at resume")
-    device: str | None = Field(default=None, description="Device that trains: cpu, mps, cuda:N or xpu:N")
-    precision: str | None = Field(default=None, description="Data type of the forward pass, and why")
-    online: bool = Field(default=False, description="Whether the network is up")
-    problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
-    slowed: str | None = Field(default=None, description="Why the node trains less than it may: its temperature")
-    addresses: tuple[str, ...] = Field(default=(), description="Addresses that the node announces")
-    blobs_bytes: int | None = Field(default=None, description="Bytes of blobs that it serves; null before the first heartbeat")
-    copies: int = Field(default=0, description="Checkpoints of other peers of which the node keeps copies")
-    pid: int = Field(description="Process id of the daemon")
-    software: str = Field(description="Version of Lutetia")
-    started: float = Field(description="When the daemon started, in Unix seconds")
+    device: str | None = Field(
+        default=None, max_length=16, description="The device that pauses or resumes, by name or number; None: all of them"
+    )
 
 
 class _Refusal(Frozen):

@@ -14,17 +14,17 @@ from typing import Any
 
 from lutetia.models.experts.adapters.base_sources import find_base, missing_base
 from lutetia.node.contributions import Contributions
-from lutetia.node.control import ControlRequest, LocalStatus, serve_control
+from lutetia.node.control import ControlRequest, serve_control
+from lutetia.node.local_status import LocalStatus
 from lutetia.node.machine.messages import UserVerb
-from lutetia.node.runtime.data_fetcher import DataFetcher
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.runtime.status_fields import status_fields
 from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.schedule import WeeklyHours, follow_schedule
-from lutetia.node.services.auditor import NodeAuditor
+from lutetia.node.services.auditor import run_audits
 from lutetia.node.services.borrowing import Borrowing
-from lutetia.node.services.checker import NodeChecker
+from lutetia.node.services.checker import run_checks
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.node.services.membership import Membership
 from lutetia.node.services.thermal import check_sensors, limit_temperature
@@ -39,6 +39,7 @@ from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.transport.base import Transport
+from lutetia.system.errors import UsageError
 from lutetia.system.files import sweep_parts
 from lutetia.system.notify import ending_signals, notify
 
@@ -56,7 +57,7 @@ async def run_node(settings: NodeSettings, on_status: Callable[[LocalStatus], No
     """
     ticket = settings.decoded_ticket
     if settings.max_temp is not None:
-        await asyncio.to_thread(check_sensors, settings.device)
+        await asyncio.to_thread(check_sensors, settings.devices)
     with state_lock(settings.state_folder):
         for name in ("runs", "blobs"):  # the folder may hold other people's files too
             sweep_parts(settings.state_folder / name)
@@ -152,8 +153,8 @@ class NodeDaemon:
         await self.serve(transport, store)
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._early_verbs:
-            self.shell.add_early_verb(verb)
-        services = [self.manifest_updates.run(), DataFetcher(shell).run(), Membership(shell, copies=self.settings.copies).run()]
+            self.shell.feed(verb)
+        services = [self.manifest_updates.run(), Membership(shell, copies=self.settings.copies).run()]
         if self.settings.hours:
             services.append(follow_schedule(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:
@@ -161,7 +162,7 @@ class NodeDaemon:
         if self.settings.audits:
             borrowing = Borrowing()
             checks = await asyncio.to_thread(BlobStore, paths.borrowed, self.settings.disk_limit)
-            services += [NodeAuditor(shell, borrowing).run(), NodeChecker(shell, borrowing, checks).run()]
+            services += [run_audits(shell, borrowing), run_checks(shell, borrowing, checks)]
         await shell.run(*services)
 
     async def _limit_temperature(self, shell: NodeShell, limit: float) -> None:
@@ -169,9 +170,10 @@ class NodeDaemon:
             shell.slowed = why
 
         async def set_share(share: float) -> None:
-            await shell.trainer.set_duty_cycle(share * self.settings.duty)
+            for device in tuple(shell.devices.values()):
+                await device.trainer.set_duty_cycle(share * self.settings.duty)
 
-        await limit_temperature(limit, self.settings.device, set_share, set_slowed)
+        await limit_temperature(limit, self.settings.devices, set_share, set_slowed)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
         """Serve blobs, manifest versions and accepted checkpoints on `transport`."""
@@ -210,13 +212,21 @@ class NodeDaemon:
         """Answer a request on the control socket: carry out its verb and return the status."""
         if request.verb != "status":
             now = time.time()
-            self.apply_verb(UserVerb(now, request.verb, now + request.seconds if request.seconds else None))
+            event = UserVerb(now, request.verb, now + request.seconds if request.seconds else None)
+            if request.device is None:
+                self.apply_verb(event)
+            elif request.verb not in ("pause", "resume"):
+                raise UsageError(f"{request.verb} concerns the whole node; only pause and resume take a device")
+            elif self.shell is None:
+                raise UsageError("the node is still joining; its devices are not known yet")
+            else:
+                self.shell.feed_device(event, request.device)
         return self.status().model_dump(mode="json")
 
     def status(self) -> LocalStatus:
         fields: dict[str, Any] = {"state": "joining", "reason": "joining the network", "since": self.started}
         if self.shell:
-            fields = status_fields(self.shell)
+            fields = status_fields(self.shell, self.started)
         return LocalStatus(
             owner=self.identity.public_key, peer_id=self.identity.peer_id, pid=os.getpid(),
             software=software_version(), started=self.started, **fields,

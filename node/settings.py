@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
-from lutetia.models.device import AUTO_DEVICE, PrecisionChoice
+from lutetia.models.device import PrecisionChoice
+from lutetia.node.device_settings import DEVICES, Cap, read_cap, read_devices, unknown_cap
 from lutetia.node.schedule import WeeklyHours
 from lutetia.node.trainer.loss_log import parse_place
 from lutetia.protocol.schema.fields import LONGEST_PEER_NAME, peer_name
@@ -65,6 +67,22 @@ def announced(addresses: Sequence[str], peer_id: str) -> tuple[str, ...]:
     return tuple(hosts)
 
 
+def _read_threads(value: Any) -> Any:
+    return read_cap(value, lambda each: _within(each, 1, 1024, "threads"))
+
+
+def _read_memory(value: Any) -> Any:
+    return read_cap(value, lambda each: _within(parse_bytes(each), 1, 1 << 50, "bytes, like 20GB"))
+
+
+def _within(value: Any, least: int, most: int, what: str) -> int:
+    """Raises ValueError."""
+    with contextlib.suppress(TypeError, ValueError):
+        if least <= int(value) <= most:
+            return int(value)
+    raise ValueError(f"{value!r} is no number of {what} between {least} and {most}")
+
+
 MIN_DUTY_CYCLE = 0.1
 """Lowest share of the time that the temperature limit leaves to training."""
 
@@ -86,14 +104,26 @@ class NodeSettings(BaseSettings):
         description="Addresses to announce to peers if they differ from `listen`, for instance /ip4/203.0.113.5/tcp/41000",
     )
     device: str = Field(
-        default="auto", pattern=AUTO_DEVICE, description="Device to train on: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N"
+        default="auto",
+        pattern=DEVICES,
+        description="Devices to train on, each on a shard of its own: auto (all cards, else the CPU), or names like "
+        "cuda:0,cuda:2; cpu, mps, cuda:N or xpu:N, and cpu:0,cpu:1 for parts of the processor",
     )
     precision: PrecisionChoice = Field(
         default="auto",
         description="Data type of the forward pass; auto takes bfloat16 on GPUs that have it, on older ones float16",
     )
     micro_batch: int | None = Field(default=None, ge=1, description="Clips per forward pass; by default the largest that fits")
-    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads for training; by default torch chooses")
+    threads: Annotated[Cap | None, NoDecode, BeforeValidator(_read_threads)] = Field(
+        default=None,
+        description="CPU threads for training on each device, like 4 or cuda:0=4,cuda:1=2; by default torch chooses, and several "
+        "devices share the cores",
+    )
+    memory_limit: Annotated[Cap | None, NoDecode, BeforeValidator(_read_memory)] = Field(
+        default=None,
+        description="Most memory that training takes of each device, like 20GB or cuda:0=20GB,cuda:1=8GB; by default all that is "
+        "free",
+    )
     duty: float = Field(default=1.0, gt=0, le=1, description="Share of the time that training may use, above 0 and up to 1")
     hours: str | None = Field(
         default=None,
@@ -148,6 +178,20 @@ class NodeSettings(BaseSettings):
         default=None, pattern=r"^[0-9a-f]{64}$", description="Public key of the node's operator, 64 hexadecimal digits"
     )
 
+    @field_validator("device")
+    @classmethod
+    def _once_each(cls, value: str) -> str:
+        read_devices(value)
+        return value
+
+    @field_validator("threads", "memory_limit")
+    @classmethod
+    def _known_devices(cls, value: Cap | None, info: ValidationInfo) -> Cap | None:
+        devices = read_devices(info.data.get("device", "auto"))
+        if name := unknown_cap(value, devices):
+            raise ValueError(f"it names {name}, which is not among the devices {', '.join(devices)}")
+        return value
+
     @field_validator("announce")
     @classmethod
     def _dialable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -190,6 +234,11 @@ class NodeSettings(BaseSettings):
             return value.expanduser().absolute()
         except RuntimeError as error:  # a user that this machine does not have
             raise ValueError(f"{value} begins with a home folder that does not exist") from error
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices to use; `("auto",)` where the node finds them."""
+        return read_devices(self.device)
 
     @property
     def decoded_ticket(self) -> Ticket:

@@ -24,7 +24,8 @@ from lutetia.node.machine.messages import Claim
 from lutetia.node.machine.state import MachineState, NodeRules
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.services.auditor import NodeAuditor
+from lutetia.node.services.auditor import run_audits
+from lutetia.node.services.borrowing import Borrowing
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.node.services.membership import Membership
 from lutetia.protocol.blobs.store import BlobStore
@@ -81,10 +82,14 @@ class Swarm:
 
     def shell(self, node: NodeNetwork) -> NodeShell:
         """What services see of an idle node's shell."""
-        idle = SimpleNamespace(
-            network=node, rules=NodeRules.of(SIGNED.manifest, node.identity.public_key), slowed=None,
-            state=MachineState(phase="idle", online=True), prober=SimpleNamespace(result=HARDWARE), feed=lambda event: None,
+        rules = NodeRules.of(SIGNED.manifest, node.identity.public_key)
+        device = SimpleNamespace(
+            network=node, rules=rules, slowed=None, state=MachineState(phase="idle", online=True),
+            prober=SimpleNamespace(result=HARDWARE),
         )  # fmt: skip
+        idle = SimpleNamespace(
+            network=node, rules=rules, manifest=SIGNED.manifest, free_device=lambda: device, feed=lambda event: None
+        )
         return cast(NodeShell, idle)
 
     async def serve(self) -> None:
@@ -136,7 +141,7 @@ def _manifest_updates(swarm: Swarm) -> list[Coroutine[Any, Any, None]]:
 
 
 def _auditors(swarm: Swarm) -> list[Coroutine[Any, Any, None]]:
-    return [NodeAuditor(swarm.shell(node)).run() for node in swarm.nodes]
+    return [run_audits(swarm.shell(node), Borrowing()) for node in swarm.nodes]
 
 
 def _announcer(swarm: Swarm) -> list[Coroutine[Any, Any, None]]:

@@ -44,7 +44,8 @@ def join(
     announce: Annotated[list[str] | None, setting("ANNOUNCE")] = None,
     name: Annotated[str | None, setting("NAME")] = None,
     device: Annotated[str | None, setting("DEVICE")] = None,
-    threads: Annotated[int | None, setting("THREADS", min=1)] = None,
+    threads: Annotated[str | None, setting("THREADS")] = None,
+    memory_limit: Annotated[str | None, setting("MEMORY_LIMIT")] = None,
     duty: Annotated[float | None, setting("DUTY", min=0.01, max=1.0)] = None,
     hours: Annotated[str | None, setting("HOURS")] = None,
     max_temp: Annotated[float | None, setting("MAX_TEMP", min=30, max=110)] = None,
@@ -69,8 +70,8 @@ def join(
     from lutetia.system.log_format import StatusLineHandler
 
     flags = given(
-        state_folder=state_folder, listen=listen, announce=announce, name=name, device=device, threads=threads, duty=duty,
-        hours=hours, max_temp=max_temp, losses=losses, clips_every=clips_every, base=base,
+        state_folder=state_folder, listen=listen, announce=announce, name=name, device=device, threads=threads,
+        memory_limit=memory_limit, duty=duty, hours=hours, max_temp=max_temp, losses=losses, clips_every=clips_every, base=base,
         disk_limit=disk_limit, upload_rate=upload_rate,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": checked}, config)
@@ -94,23 +95,30 @@ def status(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
     emit(document, as_json, lambda: render_local(document, time.time()))
 
 
+OneDevice = Annotated[
+    str | None, setting("ONE_DEVICE", "Only this device of the node, by its name or number, like cuda:1 or 1.", "--device")
+]
+
+
 def pause(
     period: Annotated[
         str | None, setting("PAUSE_FOR", "How long, like 30m or 2h. Default: until `lutetia resume`.", "--for")
     ] = None,
+    device: OneDevice = None,
     state_folder: StateFolder = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Stop training and release the shard; the daemon keeps running."""
     seconds = duration(period) if period else None
-    answer = _ask(state_folder, "pause", **given(seconds=seconds))
-    emit(answer, as_json, lambda: say(f"paused{f' for {period}' if period else ''}; `lutetia resume` continues"))
+    answer = _ask(state_folder, "pause", **given(seconds=seconds, device=device))
+    what = f"device {device} paused" if device else "paused"
+    emit(answer, as_json, lambda: say(f"{what}{f' for {period}' if period else ''}; `lutetia resume` continues"))
 
 
-def resume(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
+def resume(device: OneDevice = None, state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
     """Continue after a pause."""
-    answer = _ask(state_folder, "resume")
-    emit(answer, as_json, lambda: say("resumed"))
+    answer = _ask(state_folder, "resume", **given(device=device))
+    emit(answer, as_json, lambda: say(f"device {device} resumed" if device else "resumed"))
 
 
 def finish(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
@@ -125,6 +133,31 @@ def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
     emit(answer, as_json, lambda: say("leaving"))
 
 
+def _work(document: dict[str, Any]) -> str:
+    """The shard that a device or node works on, and how far it is."""
+    from lutetia.cli.formatting import number
+    from lutetia.cli.progress import current_epoch
+
+    if document["shard"] is None:
+        return "-"
+    epoch = current_epoch(document) if document["epochs"] and document["epoch"] is not None else "?"
+    done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
+    speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
+    loss = f"training loss {number(document['loss'])}"
+    return f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"
+
+
+def _device_line(device: dict[str, Any], now: float) -> str:
+    """What one of several devices does."""
+    from lutetia.cli.formatting import ago
+
+    text = f"{device['state']} for {ago(now - device['since'])}: "
+    text += _work(device) if device["step"] is not None else device["reason"]
+    if device["due"]:
+        text += f", due in {ago(device['due'] - now)}"
+    return text + (f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else "")
+
+
 def render_local(document: dict[str, Any], now: float) -> RenderableType:
     """The daemon's status document as a table.
 
@@ -134,29 +167,24 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
     """
     from rich.table import Table
 
-    from lutetia.cli.formatting import ago, number, short, short_peer
-    from lutetia.cli.progress import current_epoch
+    from lutetia.cli.formatting import ago, short, short_peer
 
     def since(moment: float | None) -> str:
         return f"{ago(now - moment)} ago" if moment else "-"
 
-    work = "-"
-    if document["shard"] is not None:
-        epoch = current_epoch(document) if document["epochs"] and document["epoch"] is not None else "?"
-        done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
-        speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
-        loss = f"training loss {number(document['loss'])}"
-        work = f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"
     counts = f"{document['accepted']} accepted ({document['accepted_today']} today), {document['refused']} refused"
     device = document["device"] or "a device not yet probed"
+    devices = document.get("devices") or []
+    several = {str(one["device"]): _device_line(one, now) for one in devices} if len(devices) > 1 else {}
     rows = {
         "you": f"{short_peer(document['peer_id'])}   {short(document['owner'], 16)}   on {device}",
-        "state": f"{document['state']} for {ago(now - document['since'])}: {document['reason']}",
+        "state": "" if several else f"{document['state']} for {ago(now - document['since'])}: {document['reason']}",
         "run": f"{document['name'] or '-'}   {short(document['run'], 12)}   {'online' if document['online'] else 'offline'}",
-        "work": work,
+        **several,
+        "work": "" if several else _work(document),
         "counts": f"{counts}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
-        "due": f"in {ago(document['due'] - now)}" if document["due"] else "",
-        "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] else "",
+        "due": f"in {ago(document['due'] - now)}" if document["due"] and not several else "",
+        "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] and not several else "",
         "slowed": document.get("slowed") or "",
         "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}" if document.get("copies") else "",
         "problem": document["problem"] or "",

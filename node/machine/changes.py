@@ -28,6 +28,7 @@ class MachineChanges(TypedDict, total=False):
     remembered: frozenset[int]
     views: Mapping[int, ShardView]
     looked_at: Mapping[int, float]
+    taken: frozenset[int]
     claim_histories: Mapping[int, Seen]
     watched_shards: frozenset[int] | None
     watched_until: float

@@ -65,8 +65,13 @@ def _without_own_claim(transition: NodeTransition, view: ShardView) -> ShardView
 
 
 def _claimable_views(transition: NodeTransition) -> list[ShardView]:
-    """Watched shards that have work left, fit this node and are not being avoided; without our own claims."""
-    seen = [view for shard in _watched_shards(transition) if (view := transition.state.views.get(shard))]
+    """Watched shards with work left that fit, and are neither avoided nor another device's; without our own claims."""
+    taken = transition.state.taken
+    seen = [
+        view
+        for shard in _watched_shards(transition)
+        if (view := transition.state.views.get(shard)) is not None and shard not in taken
+    ]
     state, now, epochs, owner = transition.state, transition.now, transition.rules.epochs, transition.rules.owner
     fitness, avoided_until = state.fitness, state.avoided_until
     return [
@@ -117,6 +122,8 @@ def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
         return "the run is complete; serving its checkpoints"
     if state.watched_shards is not None and not state.watched_shards:
         return "other standbys watch all shards; standing by"
+    if state.taken and not views and not state.to_look:
+        return "other devices of this node have all shards that are open to it; standing by"
     if state.to_look:
         return f"no free shard found so far; looking at {len(state.to_look)} more"
     what = "every lane of every shard" if rules.team else "every shard"
@@ -171,7 +178,10 @@ def _looks_due(transition: NodeTransition, now: float, soon: float) -> tuple[int
     """
     state, epochs, owner = transition.state, transition.rules.epochs, transition.rules.owner
     views, looked_at, lease, due, first = state.views, state.looked_at, transition.rules.lease, [], math.inf
+    taken = state.taken
     for shard in _watched_shards(transition):  # innermost loop of a standby; keep it fast
+        if shard in taken:
+            continue
         view, stale = views.get(shard), 0.0
         if view is not None:
             stale = looked_at.get(shard, 0.0) + lease

@@ -12,18 +12,19 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 from __future__ import annotations
 
 from lutetia.node.machine.claiming import continue_claiming, look_at_due_shards, set_watched_shards, swarm_seen
-from lutetia.node.machine.lease import release, shard_synced, sync_failed
+from lutetia.node.machine.commands import device_gone, drain, hours_changed, pause, resume, user_verb, why_paused
+from lutetia.node.machine.lease import shard_synced, sync_failed
 from lutetia.node.machine.messages import (
     Action,
     CheckpointReady,
-    Claim,
     ClockTick,
+    DeviceGone,
     DiskFree,
     DiskFull,
     Event,
+    HardwareChanged,
     HoursChanged,
     Joined,
-    Leave,
     LookAtShards,
     ManifestChanged,
     NetworkBack,
@@ -32,8 +33,8 @@ from lutetia.node.machine.messages import (
     Probed,
     ProbeFailed,
     ProbeHardware,
-    PublishClaim,
     RenewRecords,
+    ShardsTaken,
     SwarmSeen,
     SyncDone,
     SyncFailed,
@@ -42,7 +43,7 @@ from lutetia.node.machine.messages import (
     UserVerb,
     WatchedShardsSet,
 )
-from lutetia.node.machine.state import MachineState, NodeRules, wants_trainer
+from lutetia.node.machine.state import MachineState, NodeRules
 from lutetia.node.machine.submission import offer_answered
 from lutetia.node.machine.training import checkpoint_ready, continue_work, manifest_changed, trainer_exited, trainer_progress
 from lutetia.node.machine.transition import NodeTransition
@@ -101,7 +102,7 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
         case SyncFailed():
             sync_failed(transition, event)
         case UserVerb():
-            _user_verb(transition, event)
+            user_verb(transition, event)
         case Joined():
             transition.set(online=True)
             _probe(transition, "probing the hardware")
@@ -127,7 +128,17 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
             transition.set(look_at=transition.now, renew_at=transition.now)
             manifest_changed(transition, training)
         case HoursChanged(closed_until=closed_until):
-            _hours_changed(transition, closed_until)
+            hours_changed(transition, closed_until)
+        case ShardsTaken(shards=shards):
+            freed = transition.state.taken - shards
+            transition.set(taken=shards)
+            if freed and transition.state.phase == "idle":
+                transition.set(look_at=transition.now)
+        case HardwareChanged():
+            if transition.state.probe_at is not None:
+                transition.set(probe_at=transition.now, probe_failures=0)
+        case DeviceGone(reason=reason):
+            device_gone(transition, reason)
         case DiskFree():
             if transition.state.disk_full_since is not None:
                 transition.set(
@@ -145,13 +156,13 @@ def _act(transition: NodeTransition) -> None:
     if state.pause_until is not None and now >= state.pause_until:
         transition.set(wanted="run", pause_until=None)
         if state.closed_until is None:
-            _resume(transition)
+            resume(transition)
         else:
-            _pause(transition)
+            pause(transition)
     if transition.state.work:
         continue_work(transition)
     if transition.state.phase == "draining":
-        _drain(transition)
+        drain(transition)
     if transition.state.phase == "idle":
         look_at_due_shards(transition)
     if transition.state.phase == "claiming":
@@ -178,7 +189,7 @@ def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     if transition.state.phase != "probing":
         return
     if transition.state.wanted == "pause" or transition.state.closed_until is not None:
-        transition.enter("paused", _why_paused(transition))
+        transition.enter("paused", why_paused(transition))
     else:
         transition.enter(
             "idle", "looking for a shard" if fits else "no device of this node fits the run; it is probed again every few minutes"
@@ -205,101 +216,3 @@ def _heartbeat(transition: NodeTransition) -> None:
         transition.do(RenewRecords(work.claim(state.phase == "draining")))
     if not stuck:
         transition.do(LookAtShards((work.shard,)))
-
-
-# --- the volunteer's commands ----------------------------------------------------------------------------------------------
-
-
-def _user_verb(transition: NodeTransition, event: UserVerb) -> None:
-    transition.set(
-        wanted="run" if event.verb == "resume" else event.verb, pause_until=event.until if event.verb == "pause" else None
-    )
-    phase = transition.state.phase
-    busy = phase in ("training", "publishing", "draining") or (
-        transition.state.work is not None and bool(transition.state.work.pending)
-    )
-    if event.verb == "leave" or (event.verb == "finish" and not busy):
-        _leave(transition, "leaving as asked")
-    elif event.verb == "finish" and phase in ("training", "publishing", "paused"):
-        transition.set(drain_until=None)
-        what = "waiting for the verdict on the last checkpoint" if phase == "paused" else "finishing the current checkpoint"
-        transition.enter("draining", f"{what} before leaving")
-    elif event.verb == "pause" and phase not in ("joining", "probing"):
-        _pause(transition)
-    elif event.verb == "resume":
-        transition.set(closed_until=None)
-        _resume(transition)
-
-
-def _resume(transition: NodeTransition) -> None:
-    transition.set(drain_until=None)
-    if transition.state.phase == "paused" or (transition.state.work and not transition.state.work.owned):
-        transition.set(work=None, look_at=transition.now)
-        transition.enter("idle", "resumed; looking for a shard")
-    elif transition.state.phase == "draining":
-        transition.enter("training", "finish was cancelled")
-
-
-def _hours_changed(transition: NodeTransition, closed_until: float | None) -> None:
-    """The schedule opened or closed. The volunteer's own command (pause, finish, leave) takes precedence."""
-    transition.set(closed_until=closed_until)
-    if transition.state.wanted != "run" or transition.state.phase in ("joining", "probing"):
-        return
-    if closed_until is not None:
-        _pause(transition)
-    elif transition.state.phase == "paused":
-        _resume(transition)
-
-
-def _why_paused(transition: NodeTransition) -> str:
-    if transition.state.wanted != "pause":
-        return "outside its hours"
-    until = transition.state.pause_until
-    return "paused by the volunteer" if until is None else f"paused for {until - transition.now:.0f} s by the volunteer"
-
-
-def _pause(transition: NodeTransition) -> None:
-    """Stop training and release the lease. Complete checkpoints are still offered."""
-    work = transition.state.work
-    release(transition, save=True)
-    if work and work.pending:
-        transition.set(work=work)
-        transition.set_work(owned=False, trainer="off", waiting=False, failure=None)
-    transition.set(target=None, drain_until=None)
-    transition.enter("paused", _why_paused(transition))
-
-
-def _drain(transition: NodeTransition) -> None:
-    """Leave once the last checkpoint is judged or `patience` is over, and no failed trainer waits for its restart."""
-    state, work = transition.state, transition.state.work
-    if work is None:
-        _leave(transition, "the shard was released; leaving")
-    elif work.trainer == "on" or wants_trainer(transition.rules, state, work):
-        transition.set(drain_until=None)
-    elif not work.pending and work.cut_short:
-        what = "the current checkpoint was not finished, its saved part stays on this disk"
-        _leave(transition, f"the trainer failed ({work.failure}); {what}; leaving")
-    elif not work.pending:
-        _leave(transition, "the last checkpoint is accepted; leaving")
-    elif state.drain_until is None:
-        transition.set(drain_until=transition.now + max(transition.rules.patience, transition.rules.lease))
-        transition.explain("waiting for the last checkpoint to be accepted")
-    elif transition.now >= state.drain_until:
-        _leave(
-            transition,
-            "the last checkpoint was not judged in time; it stays on this disk and is offered again at the next start; leaving",
-        )
-
-
-def _leave(transition: NodeTransition, why: str) -> None:
-    if (
-        transition.state.phase == "claiming"
-        and transition.state.stage in ("settle", "decide")
-        and transition.state.target is not None
-    ):
-        transition.do(PublishClaim(Claim(transition.state.target, 0, 0, "released")))
-    release(transition, save=True)
-    transition.set(target=None, pause_until=None, drain_until=None)
-    transition.enter("left", why)
-    transition.do(RenewRecords(None))
-    transition.do(Leave())

@@ -183,10 +183,33 @@ class HoursChanged:
     closed_until: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class ShardsTaken:
+    """The shards that the node's other devices claim or work on; this device leaves them alone."""
+
+    now: float
+    shards: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareChanged:
+    """Cards or drivers of this machine changed: a device that is missing or fits nothing is probed again at once."""
+
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceGone:
+    """This device is not there any more, or not to be used any more: hand its shard back and end."""
+
+    now: float
+    reason: str
+
+
 Event = (
     ClockTick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | WatchedShardsSet | SyncDone | SyncFailed
     | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
-    | HoursChanged
+    | HoursChanged | ShardsTaken | HardwareChanged | DeviceGone
 )  # fmt: skip
 
 

@@ -213,6 +213,8 @@ class MachineState:
     """Shards with local work on disk."""
     views: Mapping[int, ShardView] = field(default_factory=dict)
     looked_at: Mapping[int, float] = field(default_factory=dict)
+    taken: frozenset[int] = frozenset()
+    """Shards that the node's other devices claim or work on."""
     claim_histories: Mapping[int, Seen] = field(default_factory=dict)
     """What this node has seen of other peers' claims, by shard; claims without progress are ignored."""
     watched_shards: frozenset[int] | None = None

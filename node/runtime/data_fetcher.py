@@ -15,7 +15,7 @@ import numpy as np
 from lutetia.models.data.parts.index import PartSpec, ShardIndex
 from lutetia.models.data.parts.order import next_uses, to_fetch
 from lutetia.node.machine import messages as m
-from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.system.errors import DiskError, LutetiaError
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ LOOK_SECONDS = 10.0
 
 
 class DataFetcher:
-    """A service beside the shell. `run` until it is cancelled."""
+    """A service beside a device's shell. `run` until it is cancelled."""
 
-    def __init__(self, shell: NodeShell) -> None:
+    def __init__(self, shell: DeviceShell) -> None:
         self.shell = shell
         self._failures = 0
 
@@ -72,7 +72,7 @@ class DataFetcher:
         """The next parts to fetch, after room was made for them; none if all that fit are here. Blocks on the disk."""
         workspace = self.shell.workspace
         uses = next_uses(workspace.manifest, shard, index, self._samples(shard))
-        workspace.data.set_next_use(index, uses)
+        workspace.set_next_use(shard, index, uses)
         here = np.array([workspace.store.has(part.blob.digest) for part in index.parts])
         missing = to_fetch(uses, here)[:AT_ONCE]
         keep = workspace.needed(shard, workspace.known_base(shard))

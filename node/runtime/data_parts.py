@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 class DataParts:
-    """Indexes that were read, and the next use of each part of the held shard. Methods that take a store block on the disk."""
+    """Indexes that were read, and the next use of each part of the held shards. Methods that take a store block on the disk."""
 
     def __init__(self) -> None:
         self._indexes: dict[str, ShardIndex] = {}
-        self._next_use: dict[str, int] = {}
+        self._next_use: dict[str, dict[str, int]] = {}
 
     def index(self, store: BlobStore, shard: ShardSpec) -> ShardIndex | None:
         """The index of a shard's data; None while it is not here or cannot be read, or if the data are one blob."""
@@ -43,17 +43,25 @@ class DataParts:
         index = self.index(store, shard)
         return [part.blob for part in index.parts] if index else []
 
-    def set_next_use(self, index: ShardIndex, uses: Sequence[int] | NDArray[np.int64]) -> None:
-        """Remember how many samples are trained before each part of the held shard is used (`order.next_uses`)."""
-        self._next_use = {part.blob.digest: int(use) for part, use in zip(index.parts, uses, strict=True)}
+    def set_next_use(
+        self, shard: ShardSpec, index: ShardIndex, uses: Sequence[int] | NDArray[np.int64], others: Collection[ShardSpec] = ()
+    ) -> None:
+        """Remember how many samples are trained before each part of a held shard is used (`order.next_uses`).
+
+        What was remembered of shards other than it and `others`, which the node holds too, is forgotten.
+        """
+        kept = {other.train.digest for other in others}
+        self._next_use = {digest: known for digest, known in self._next_use.items() if digest in kept}
+        self._next_use[shard.train.digest] = {part.blob.digest: int(use) for part, use in zip(index.parts, uses, strict=True)}
 
     def next_use(self, digest: str) -> float:
-        """How many samples are trained before a blob is used; infinite if it is no part of the held shard."""
-        return self._next_use.get(digest, math.inf)
+        """How many samples are trained before a blob is used; infinite if it is no part of a held shard."""
+        return min((known.get(digest, math.inf) for known in self._next_use.values()), default=math.inf)
 
     def used_within(self, store: BlobStore, shard: ShardSpec, samples: int) -> list[BlobRef]:
         """The parts that the next `samples` samples need; all while the order of use is not known."""
-        return [ref for ref in self.refs(store, shard) if self._next_use.get(ref.digest, 0) < samples]
+        known = self._next_use.get(shard.train.digest, {})
+        return [ref for ref in self.refs(store, shard) if known.get(ref.digest, 0) < samples]
 
     def unannounced(self, store: BlobStore, shard: ShardSpec) -> set[str]:
         """Blobs without provider records: parts are asked of peers that announce the index, so that is only for whole copies."""

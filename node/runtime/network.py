@@ -30,6 +30,7 @@ from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import (
     AcceptanceRecord,
     ClaimRecord,
+    DeviceEntry,
     Hardware,
     NodeRecord,
     NodeState,
@@ -148,11 +149,13 @@ class NodeNetwork:
             if not await self._publish(record, self.limits.longest("claim")):
                 log.warning("claim on shard %d not stored: no DHT peer took it", claim.shard)
 
-    async def publish_node(self, state: NodeState, hardware: Hardware, rate: float, shard: int | None) -> None:
+    async def publish_node(
+        self, state: NodeState, hardware: Hardware, rate: float, shard: int | None, devices: tuple[DeviceEntry, ...] = ()
+    ) -> None:
         record = NodeRecord(
             run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
             peer_id=self.identity.peer_id, addresses=self.addresses, hardware=hardware, samples_per_second=rate,
-            software=software_version(), state=state, shard=shard, operator=self.operator, name=self.name,
+            software=software_version(), state=state, shard=shard, operator=self.operator, name=self.name, devices=devices,
         )  # fmt: skip
         await self._publish(record, self.limits.longest("node"))
 

@@ -1,44 +1,35 @@
-"""The shell around the state machine: carries out its actions and feeds it the results."""
+"""The node as a whole: its devices under one identity, one network and one store, and what concerns all of them."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import shutil
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from lutetia.node.contributions import Contributions
+from lutetia.node.device_settings import choose, named_device
 from lutetia.node.machine import messages as m
-from lutetia.node.machine.machine import advance
-from lutetia.node.machine.state import MachineState, NodeRules, next_wake
-from lutetia.node.pacing import tick_pause
-from lutetia.node.runtime.hardware_prober import HardwareProber, announced
+from lutetia.node.machine.state import NodeRules
+from lutetia.node.runtime.data_fetcher import DataFetcher
+from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.node.runtime.devices.inventory import Inventory
+from lutetia.node.runtime.devices.parts import NodeParts
 from lutetia.node.runtime.network import NodeNetwork
+from lutetia.node.runtime.node_record import NodeSummary, summary_due, summary_of
 from lutetia.node.runtime.replication import Replicator
-from lutetia.node.runtime.tasks import NodeTasks
-from lutetia.node.runtime.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import Workspace
-from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
-from lutetia.node.trainer.assignment import Assignment
-from lutetia.node.trainer.checkpoint_folder import remembered_shards
-from lutetia.node.trainer.devices import DeviceMissing
+from lutetia.node.settings import NodeSettings
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.manifest_upgrade import training_changed
 from lutetia.protocol.transport.base import Transport
-from lutetia.system.errors import DiskError, LutetiaError, one_error
-from lutetia.system.files import disk_errors, takes_writes
+from lutetia.system.errors import LutetiaError, UsageError, one_error
 from lutetia.system.notify import notify
+from lutetia.system.process import Child
 
 log = logging.getLogger(__name__)
 
 _NETWORK_CHECK_SECONDS = 1.0
-_DISK_CHECK_SECONDS = 2.0
-_DISK_RETRY_SECONDS = 30.0
-_LEAVE_SECONDS = 5.0
 
 
 class NodeShell:
@@ -61,164 +52,177 @@ class NodeShell:
         rejoin: Callable[[], Awaitable[Transport]],
     ) -> None:
         self.settings, self.network, self.workspace, self.contributions = settings, network, workspace, contributions
-        self.manifest = network.manifest
-        self.rules = NodeRules.of(self.manifest, network.identity.public_key)
-        remembered = remembered_shards(workspace.paths.work, self.manifest.run_id)
-        self.state = MachineState(since=time.time(), remembered=remembered)
-        self.trainer = TrainerProcess(self.feed, time.time, settings.threads)
-        self.prober = HardwareProber(settings, workspace.paths, self.trainer)
-        self.tasks = NodeTasks(settings, network, workspace, self.prober)
-        self.data_wanted = self.trainer.starved
-        """Set when parts of the data may have to be fetched (`DataFetcher`)."""
+        self.rules = NodeRules.of(network.manifest, network.identity.public_key)
+        self.replicator = Replicator(network, workspace, workspace.paths.folder / "seeds.json")
+        self.parts = NodeParts(settings, network, workspace, contributions, self.replicator)
+        self.devices: dict[str, DeviceShell] = {}
         self.left = asyncio.Event()
-        self.problem: str | None = None
-        """The last warning, for the local status."""
         self.slowed: str | None = None
-        """Why the duty cycle is reduced now, for the local status."""
         self.blobs_bytes: int | None = None
         """Bytes of the blobs that this node serves, for the local status; None before the first heartbeat."""
-        self.replicator = Replicator(network, workspace, workspace.paths.folder / "seeds.json")
+        self.offline: str | None = None
+        """Why the network cannot be joined again now."""
         self._rejoin = rejoin
-        self._early_verbs: list[m.UserVerb] = []
         self._group: asyncio.TaskGroup | None = None
-        self._running: set[asyncio.Task[None]] = set()
-        self._ordered_lock = asyncio.Lock()
-        self._timer: asyncio.TimerHandle | None = None
-        self._syncing: asyncio.Task[None] | None = None
-        self._disk_watch: asyncio.Task[None] | None = None
+        self._ending = False
+        self._standing: dict[str, m.Event] = {}
+        self._renewing = asyncio.Lock()
+        self._published: tuple[NodeSummary, float] | None = None
+        self._shown = ""
+        find = settings.devices == ("auto",)
+        self.inventory = Inventory(workspace.paths.devices, self.hardware_seen, find=find)
+        if not find:
+            self._add(settings.devices, found=False)
 
-    def add_early_verb(self, verb: m.UserVerb) -> None:
-        """A command that came before the shell existed; it is fed first."""
-        self._early_verbs.append(verb)
+    @property
+    def manifest(self) -> Manifest:
+        return self.network.manifest
 
     async def run(self, *services: Coroutine[Any, Any, None]) -> None:
         """Run until the node has left; `services` run beside it and are cancelled then."""
         try:
             with one_error():
                 async with asyncio.TaskGroup() as self._group:
-                    beside = [self._group.create_task(work) for work in (self._watch_network(), *services)]
-                    for verb in self._early_verbs:
-                        self.feed(verb)
-                    self.feed(m.Joined(time.time()))
+                    beside = [self._group.create_task(work) for work in (self._watch_network(), self.inventory.run(), *services)]
+                    for device in tuple(self.devices.values()):
+                        self._begin(device)
                     await self.left.wait()
-                    for task in [*beside, *self._running]:
+                    for task in beside:
                         task.cancel()
         finally:
-            if self._timer:
-                self._timer.cancel()
-            await self.trainer.close()
+            await self.inventory.close()
+            for device in self.devices.values():
+                await device.trainer.close()
 
     def upgrade(self, manifest: Manifest) -> None:
         """Apply a newer version of the manifest; the current work continues."""
         old = self.manifest
         if manifest.version <= old.version:
             return
-        self.manifest = self.workspace.manifest = self.tasks.manifest = manifest
         self.network.upgrade(manifest)
-        rate = self.prober.result.samples_per_second if self.prober.result else 0.0
-        self.rules = with_hang_timeout(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
-        self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
-        if manifest.hardware != old.hardware and self._group:
-            self._spawn(self._probe())
+        self.workspace.manifest = manifest
+        self.rules = NodeRules.of(manifest, self.network.identity.public_key)
+        for device in tuple(self.devices.values()):
+            device.upgrade(old)
 
-    # --- the machine --------------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------------
+
+    def _add(self, names: Sequence[str], *, found: bool) -> None:
+        """Begin with these devices; `names` has those that the node uses already, too."""
+        settings = self.settings
+        for choice in choose(names, settings.threads, settings.memory_limit, settings.local_bytes_per_day):
+            if choice.name not in self.devices:
+                device = self.devices[choice.name] = DeviceShell(self.parts, choice, self, found=found)
+                if self._group:
+                    self._begin(device)
+        for device in self.devices.values():
+            device.named = len(self.devices) > 1
+
+    def _begin_again(self) -> None:
+        """Begin again with devices that had ended before a finish was cancelled."""
+        for name, old in tuple(self.devices.items()):
+            if old.left.is_set():
+                self.devices[name] = DeviceShell(self.parts, old.choice, self, found=old.found)
+                self._begin(self.devices[name])
+
+    def _begin(self, device: DeviceShell) -> None:
+        assert self._group
+        self._group.create_task(self._run_device(device))
+
+    async def _run_device(self, device: DeviceShell) -> None:
+        await device.run(list(self._standing.values()), DataFetcher(device).run())
+        if not self._ending:
+            del self.devices[device.name]
+            self.device_changed()
+            self.inventory.look_again()  # it may have come back meanwhile
+        elif all(other.left.is_set() for other in self.devices.values()):
+            self.left.set()
+
+    def hardware_seen(self, found: Sequence[str] | None, spare: Child | None) -> None:
+        """Cards or drivers may have changed: begin with new devices, and end those that are gone.
+
+        Args:
+            found: the devices to use; None where the volunteer has named them.
+            spare: a trainer process that a new device may use.
+        """
+        now = time.time()
+        if self._ending:
+            found = None
+        if found is not None:
+            for name in [name for name in self.devices if name not in found]:
+                self.devices[name].feed(m.DeviceGone(now, f"the device {name} is gone or not to be used any more"))
+            new = [name for name in found if name not in self.devices]
+            self._add(found, found=True)
+            if new and spare:
+                self.devices[new[0]].trainer.adopt(spare)
+        for device in tuple(self.devices.values()):
+            device.feed(m.HardwareChanged(now))
+
+    def free_device(self) -> DeviceShell | None:
+        """A device without work of its own whose hardware is known to be fit; None if there is none."""
+        return next((device for device in self.devices.values() if is_free(device)), None)
+
+    # --- events -------------------------------------------------------------------------------------------------------------
 
     def feed(self, event: m.Event) -> None:
-        """Let the machine decide on an event, and start the resulting actions."""
-        if self._group is None or self.left.is_set():
-            return
-        before = self.state
-        self.state, actions = advance(self.rules, before, event)
-        for action in actions:
-            self._do(action)
-        if self.state.phase != before.phase:
-            self.data_wanted.set()
-            notify(f"STATUS={self.state.phase}: {self.state.why}")
-        if self._syncing and self.state.phase != "syncing":
-            self._syncing.cancel()
-        if self.state.disk_full_since is not None and (self._disk_watch is None or self._disk_watch.done()):
-            self._disk_watch = self._spawn(self._wait_for_disk())
-        self._set_timer()
+        """Feed an event that concerns all devices, those that are added later included."""
+        if isinstance(event, m.UserVerb):
+            self._standing["verb"] = event
+            self._ending = event.verb in ("finish", "leave")
+            if self._ending and not self.devices:
+                self.left.set()
+            if event.verb == "resume":
+                self._begin_again()
+        elif isinstance(event, m.HoursChanged):
+            self._standing["hours"] = event
+        for device in tuple(self.devices.values()):
+            device.feed(event)  # before `run` they pass it over, and hear of it when they begin
 
-    def _set_timer(self) -> None:
-        """Send a ClockTick when the machine needs it, and at least once a heartbeat, because clocks may jump."""
-        if self._timer:
-            self._timer.cancel()
-        due = next_wake(self.rules, self.state)
-        if due is not None:
-            wait = tick_pause(due, time.time(), self.rules.heartbeat)
-            self._timer = asyncio.get_running_loop().call_later(wait, lambda: self.feed(m.ClockTick(time.time())))
+    def feed_device(self, event: m.Event, name: str) -> None:
+        """Feed an event that concerns one device, by its name or number. Raises UsageError when the node has no such device."""
+        try:
+            self.devices[named_device(name, tuple(self.devices))].feed(event)
+        except ValueError as error:
+            raise UsageError(f"{error}; `lutetia status` shows them") from error
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        assert self._group
-        task = self._group.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
+    def device_changed(self) -> None:
+        """Tell each device which shards the others have."""
+        used = {name: device.shards_in_use for name, device in self.devices.items()}
+        self.workspace.at_work = {
+            work.shard: (work.epoch, work.checkpoint) for device in self.devices.values() if (work := device.state.work)
+        }
+        for name, device in tuple(self.devices.items()):
+            taken = frozenset().union(*(shards for other, shards in used.items() if other != name))
+            if taken != device.state.taken:
+                device.feed(m.ShardsTaken(time.time(), taken))
+        self._notify()
 
-    def _ordered(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Run after all work that was ordered before: a discard must not overtake the stop before it."""
+    def _notify(self) -> None:
+        states = [device.state for device in self.devices.values()]
+        shown = "; ".join(f"{state.phase}: {state.why}" for state in states)[:400]
+        if shown and shown != self._shown:
+            self._shown = shown
+            notify(f"STATUS={shown}")
 
-        async def in_order() -> None:
-            async with self._ordered_lock:  # first come, first served
-                await work
+    def shards_seen(self, event: m.SwarmSeen) -> None:
+        """Devices that stand by need not look at the same shards."""
+        for device in tuple(self.devices.values()):
+            if device.state.phase == "idle":
+                device.feed(event)
 
-        self._spawn(in_order())
-
-    def _do(self, action: m.Action) -> None:
-        match action:
-            case m.LogSentence(level=level, text=text):
-                log.log(logging.WARNING if level == "warning" else logging.INFO, "%s", text)
-                self.problem = text if level == "warning" else self.problem
-            case m.ProbeHardware():
-                self._spawn(self._probe())
-            case m.LookAtShards(shards=shards):
-                self._spawn(self._look(shards))
-            case m.PublishClaim(claim=claim):
-                self._spawn(self._publish_claim(claim))
-            case m.RenewRecords(claim=claim):
-                self._spawn(self._renew(claim))
-            case m.Sync():
-                self._ordered(self._begin_sync(action))
-            case m.StartTrainer():
-                self._ordered(self._start_trainer(action))
-            case m.AllowEpochs(until=until):
-                self._ordered(self.trainer.allow(until))
-            case m.StopTrainer(save=save):
-                self._ordered(self.trainer.stop(save=save))
-            case m.PublishCheckpoint(candidate=candidate):
-                self._spawn(self._publish_checkpoint(candidate))
-            case m.DiscardWork(shard=shard, epoch=epoch):
-                self._ordered(self._clean_up(self.workspace.discard, shard, epoch))
-            case m.CheckpointsSuperseded(shard=shard, epoch=epoch):
-                self.contributions.count_accepted(time.time())
-                if self.state.disk_full_since is None:  # a full disk stays the problem to report
-                    self.problem = None
-                self._ordered(self._clean_up(self.workspace.superseded, shard, epoch))
-            case m.Leave():
-                self._spawn(self._leave())
+    def device_missing(self) -> None:
+        self.inventory.look_again()
 
     # --- network ------------------------------------------------------------------------------------------------------------
 
-    async def _look(self, shards: tuple[int, ...]) -> None:
-        views = await self.network.look(shards)
-        if views:
-            self.feed(m.SwarmSeen(time.time(), views))
-
-    async def _publish_claim(self, claim: m.Claim) -> None:
-        with _log_unreachable("claim"):
-            await self.network.publish_claim(claim)
-        if claim.state == "claiming":  # a process can import its libraries while the claim settles
-            await self.trainer.start_spare()
-
-    async def _renew(self, claim: m.Claim | None) -> None:
-        with _log_unreachable("records"):
-            if claim:
-                await self.network.publish_claim(claim)
-            report, work = self.trainer.report, self.state.work
-            state, hardware, rate = announced(self.state.phase, self.prober.result, report.rate if report else 0.0)
-            await self.network.publish_node(state, hardware, rate, work.shard if work else None)
-            if self.state.phase != "left":
+    async def renew(self) -> None:
+        """Publish the node's record if it is due, and the records of its blobs. Raises ConnectionError."""
+        async with self._renewing:
+            summary, now = summary_of([device.facts for device in self.devices.values()]), time.monotonic()
+            if summary_due(self._published, summary, now, self.rules.heartbeat):
+                self._published = summary, now
+                await self.network.publish_node(*summary)
+            if summary.state != "left":
                 served = await asyncio.to_thread(self.served)
                 self.blobs_bytes = sum(served.values())
                 unannounced = await asyncio.to_thread(self.workspace.unannounced)
@@ -236,6 +240,7 @@ class NodeShell:
                 self.feed(m.NetworkLost(time.time()))
                 await self.network.transport.close()
                 await self._rejoin_network()
+                self._published = None
                 self.feed(m.NetworkBack(time.time()))
 
     async def _rejoin_network(self) -> None:
@@ -246,106 +251,16 @@ class NodeShell:
                 self.network.replace_transport(await self._rejoin())
             except (LutetiaError, ConnectionError) as error:
                 wait = self.rules.backoff(attempt, "rejoin")
-                self.problem = str(error)
+                self.offline = str(error)
                 log.warning("cannot rejoin the network: %s; trying again in %.0f s", error, wait)
                 await asyncio.sleep(wait)
             else:
+                self.offline = None
                 return
 
-    # --- hardware, data, trainer --------------------------------------------------------------------------------------------
 
-    async def _probe(self) -> None:
-        try:
-            probed = await self.prober.probe(self.manifest)
-        except LutetiaError as error:
-            if isinstance(error, DeviceMissing) and not self.prober.result:
-                raise  # it never was there, so the setting is wrong; a device that is lost later may come back
-            self.feed(m.ProbeFailed(time.time(), str(error)))
-        else:
-            self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)
-            self.feed(m.Probed(time.time(), probed.fitness))
-
-    async def _begin_sync(self, action: m.Sync) -> None:
-        """Start fetching, without making later ordered work wait for it."""
-        if self._syncing:
-            self._syncing.cancel()
-        self._syncing = self._spawn(self._sync(action))
-
-    async def _sync(self, action: m.Sync) -> None:
-        self._feed_result(await self.tasks.sync(action))
-
-    async def _start_trainer(self, action: m.StartTrainer) -> None:
-        assignment = await self.tasks.assignment(action)
-        if isinstance(assignment, Assignment):
-            await self.trainer.start(action.run, assignment)
-        else:
-            self._feed_result(assignment)
-
-    async def _publish_checkpoint(self, candidate: m.OwnCheckpoint) -> None:
-        answer = await self.tasks.publish(candidate)
-        if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
-            self.contributions.count_refused()
-        self._feed_result(answer)
-
-    def _feed_result(self, event: m.Event) -> None:
-        """Feed a task's result, after a full disk that it met."""
-        if self.tasks.disk_problem:
-            text, self.tasks.disk_problem = self.tasks.disk_problem, None
-            self.feed(m.DiskFull(time.time(), text))
-        self.feed(event)
-
-    # --- disk, leaving, status ----------------------------------------------------------------------------------------------
-
-    async def _clean_up(self, work: Callable[[int, Any], None], shard: int, epoch: int | None) -> None:
-        """Remove files; on a read-only or full disk report it and leave them."""
-        try:
-            with disk_errors(self.settings.state_folder):
-                await asyncio.to_thread(work, shard, epoch)
-        except DiskError as error:
-            self.feed(m.DiskFull(time.time(), str(error)))
-
-    async def _wait_for_disk(self) -> None:
-        """Report DiskFree when there is more space than at the failure, or a read-only disk takes writes again.
-
-        Report it every _DISK_RETRY_SECONDS anyway: space may have become free before the first check, or suffice for a smaller
-        file.
-        """
-        folder, begun = self.settings.state_folder, time.monotonic()
-        free, refused = shutil.disk_usage(folder).free, not await asyncio.to_thread(takes_writes, folder)
-        while self.state.disk_full_since is not None:
-            await asyncio.sleep(_DISK_CHECK_SECONDS)
-            more = shutil.disk_usage(folder).free > free or time.monotonic() - begun > _DISK_RETRY_SECONDS
-            if not self.trainer.disk_full and (more or (refused and await asyncio.to_thread(takes_writes, folder))):
-                self.feed(m.DiskFree(time.time()))
-
-    async def _leave(self) -> None:
-        """Wait for ordered work, and up to _LEAVE_SECONDS for the last records to be published."""
-        async with self._ordered_lock:
-            pass
-        last = {task for task in self._running if task is not asyncio.current_task()} - {self._disk_watch, self._syncing}
-        if last:
-            await asyncio.wait(last, timeout=_LEAVE_SECONDS)
-        self.left.set()
-
-
-def with_hang_timeout(rules: NodeRules, manifest: Manifest, settings: NodeSettings, rate: float) -> NodeRules:
-    """Let a slow trainer be silent for 20 of its own steps.
-
-    Args:
-        rules: the rules to change.
-        manifest: gives the batch size.
-        settings: duty cycle, `hang_after` and `max_temp`.
-        rate: training speed in samples per second at a duty cycle of 1.
-    """
-    slowest = rate * settings.duty * (MIN_DUTY_CYCLE if settings.max_temp else 1)
-    longest = 20 * manifest.optimisation.batch / slowest if slowest > 0 else 0.0
-    return replace(rules, hang_after=max(settings.hang_after, longest))
-
-
-@contextlib.contextmanager
-def _log_unreachable(what: str):
-    """Log that records could not be published; the next heartbeat tries again."""
-    try:
-        yield
-    except ConnectionError as error:
-        log.info("could not publish %s: %s", what, error)
+def is_free(shell: DeviceShell) -> bool:
+    """Whether the device has no work of its own, and its hardware is known to be fit."""
+    state = shell.state
+    fit = shell.prober.result is not None and state.disk_full_since is None and shell.slowed is None
+    return state.phase == "idle" and state.online and fit

@@ -1,38 +1,65 @@
-"""What the shell contributes to the local status."""
+"""What the shells contribute to the local status."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+from lutetia.node.local_status import DeviceStatus
+from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.node.runtime.node_record import BUSIEST
 from lutetia.node.runtime.shell import NodeShell
 
 
-def status_fields(shell: NodeShell) -> dict[str, Any]:
-    """The fields of `control.LocalStatus` that the shell knows."""
+def device_status(shell: DeviceShell) -> DeviceStatus:
+    """What the device does."""
     state, work, report, probed, now = shell.state, shell.state.work, shell.trainer.report, shell.prober.result, time.time()
-    counts = shell.contributions
-    document: dict[str, Any] = {
-        "state": state.phase, "reason": state.why, "since": state.since, "run": shell.manifest.run_id,
-        "name": shell.manifest.name, "manifest_version": shell.manifest.version, "online": state.online,
-        "problem": shell.problem, "slowed": shell.slowed, "copies": len(shell.replicator.replicas),
-        "blobs_bytes": shell.blobs_bytes,
-        "paused_until": state.pause_until or state.closed_until,
-        "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
-        "accepted_today": counts.today(now), "addresses": shell.network.addresses if state.online else (),
+    fields: dict[str, Any] = {
+        "device": shell.name if probed or shell.named else None, "state": state.phase, "reason": state.why, "since": state.since,
+        "problem": shell.problem, "paused_until": state.pause_until or state.closed_until,
+        "precision": probed.precision_reason if probed else None,
     }  # fmt: skip
-    if probed:
-        document |= {"device": probed.device, "precision": probed.precision_reason}
     if work:
-        document |= {
+        fields |= {
             "shard": work.shard, "shard_name": shell.manifest.shards[work.shard].name, "epoch": work.epoch,
             "epochs": shell.manifest.epochs, "pending": len(work.pending), "samples": work.samples,
         }  # fmt: skip
     if work and report:
         rate = report.rate or None
         left = (shell.manifest.steps_per_epoch - report.step) * shell.manifest.optimisation.batch
-        document |= {
+        fields |= {
             "step": report.step, "steps": report.steps or None, "samples": report.samples, "loss": report.loss,
             "samples_per_second": rate, "due": now + left / rate if rate else None,
         }  # fmt: skip
-    return document
+    return DeviceStatus(**fields)
+
+
+def summed_up(devices: tuple[DeviceStatus, ...], since: float) -> dict[str, Any]:
+    """The node's own fields: those of the first of its busiest devices, and the sums. `since`: of a node that has none yet."""
+    if not devices:
+        return {"state": "probing", "reason": "looking for cards that torch can use", "since": since}
+    first = min(devices, key=lambda each: BUSIEST.index(each.state))
+    fields = dict(first)
+    if len(devices) > 1:
+        rates = [each.samples_per_second for each in devices if each.samples_per_second]
+        fields |= {
+            "device": ", ".join(each.device or "?" for each in devices), "pending": sum(each.pending for each in devices),
+            "samples_per_second": sum(rates) if rates else None,
+            "problem": next((each.problem for each in devices if each.problem), None),
+        }  # fmt: skip
+    return fields
+
+
+def status_fields(shell: NodeShell, since: float) -> dict[str, Any]:
+    """The fields of `LocalStatus` that the shells know. `since`: when the daemon started, in Unix seconds."""
+    counts, now = shell.contributions, time.time()
+    devices = tuple(device_status(device) for device in shell.devices.values())
+    online = any(device.state.online for device in shell.devices.values())
+    own = summed_up(devices, since)
+    return {
+        **own, "devices": devices, "run": shell.manifest.run_id, "name": shell.manifest.name,
+        "manifest_version": shell.manifest.version, "online": online, "problem": shell.offline or own.get("problem"),
+        "slowed": shell.slowed, "copies": len(shell.replicator.replicas), "blobs_bytes": shell.blobs_bytes,
+        "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
+        "accepted_today": counts.today(now), "addresses": shell.network.addresses if online else (),
+    }  # fmt: skip

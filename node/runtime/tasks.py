@@ -11,7 +11,7 @@ from collections.abc import Collection
 from lutetia.models.data.parts.order import next_uses
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.data_parts import check_index, check_index_size
-from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.devices.hardware_prober import HardwareProber
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.workspace import AcceptedBase, CheckpointDiscarded, Workspace
 from lutetia.node.settings import NodeSettings
@@ -81,7 +81,7 @@ class NodeTasks:
         start = await asyncio.to_thread(self.workspace.start, shard, epoch, checkpoint, base)
         place = self.places[shard] = self.workspace.place(shard, start.place)
         uses = await asyncio.to_thread(next_uses, self.manifest, shard, index, place)
-        self.workspace.data.set_next_use(index, uses)
+        self.workspace.set_next_use(shard, index, uses)
         keep = await asyncio.to_thread(self.workspace.needed, shard, base)
         for part, use in zip(index.parts, uses, strict=True):
             if use < self.manifest.optimisation.batch:
@@ -104,7 +104,7 @@ class NodeTasks:
             return m.TrainerExited(time.time(), action.run, _exit_reason(error), _one_line(error))
 
     def _assignment(self, action: m.StartTrainer) -> Assignment:
-        shard, probed, settings = action.shard, self.prober.result, self.settings
+        shard, probed, settings, choice = action.shard, self.prober.result, self.settings, self.prober.choice
         if probed is None:
             raise HardwareError("there is no result of the hardware probe; it is probed again")
         work = self.workspace.work(shard)
@@ -123,9 +123,9 @@ class NodeTasks:
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, base=self.workspace.base_model(),
             until=action.until, device=probed.device, precision=fit.precision or probed.precision,
-            micro_batch=max(1, whole >> action.halvings), memory=fit.memory, threads=settings.threads, duty=settings.duty,
+            micro_batch=max(1, whole >> action.halvings), memory=fit.memory, threads=choice.threads, duty=settings.duty,
             losses=settings.losses, clips_every=settings.clips_every,
-            save_every=settings.save_every, local_bytes_per_day=settings.local_bytes_per_day,
+            save_every=settings.save_every, local_bytes_per_day=choice.local_bytes_per_day,
         )  # fmt: skip
 
     # --- publishing ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The files of a run's training: fetched blobs, own checkpoints, and the removal of those that are not needed.
 
 Layout of the state folder: `identity.key`, `daemon.pid`, `control.sock`, `blobs/`, and per run
-`runs/<run>/{manifest.json, peers.json, probe.json, contributions.json, work/<shard>/…}`.
+`runs/<run>/{manifest.json, peers.json, devices.json, probe-<device>.json, contributions.json, work/<shard>/…}`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from lutetia.models.data.parts.index import ShardIndex
 from lutetia.node.runtime.data_parts import DataParts
 from lutetia.node.trainer.checkpoint_folder import (
     CHECKPOINT,
@@ -58,9 +61,13 @@ class RunPaths:
     def manifest(self) -> Path:
         return self.folder / "manifest.json"  # written by `enter_swarm`
 
+    def probe_result(self, device: str) -> Path:
+        return self.folder / f"probe-{device.replace(':', '-')}.json"
+
     @property
-    def probe_result(self) -> Path:
-        return self.folder / "probe.json"
+    def devices(self) -> Path:
+        """The devices that were found last."""
+        return self.folder / "devices.json"
 
     @property
     def work(self) -> Path:
@@ -104,6 +111,8 @@ class Workspace:
     def __init__(self, paths: RunPaths, manifest: Manifest, store: BlobStore) -> None:
         self.paths, self.manifest, self.store = paths, manifest, store
         self.data = DataParts()
+        self.at_work: Mapping[int, tuple[int, str | None]] = {}
+        """The shards that the node's devices work on, with the accepted epoch and checkpoint that each goes on from."""
         self.local_model: dict[str, Path] | None = None
         """Files of the base that the run's experts adapt, where this machine had them before; None: they come as blobs."""
 
@@ -282,6 +291,15 @@ class Workspace:
         refs = [*self.inputs(shard, base), *parts, *(ref for kept in own for ref in kept.refs)]
         return {ref.digest for ref in refs}
 
+    def set_next_use(self, shard: int, index: ShardIndex, uses: Sequence[int] | NDArray[np.int64]) -> None:
+        """Remember how many samples are trained before each part of the shard is used, beside those of other devices' shards."""
+        specs = self.manifest.shards
+        self.data.set_next_use(specs[shard], index, uses, [specs[other] for other in self.at_work if other != shard])
+
+    def _needed_at_work(self) -> set[str]:
+        """Digests of the blobs that the node's devices need to continue."""
+        return {digest for shard, held in self.at_work.items() for digest in self.needed(shard, self.base(shard, *held, None))}
+
     def _check_fetched(self, shard: int) -> None:
         for ref in [*self.inputs(shard, self.known_base(shard)), *self.parts(shard)]:
             try:
@@ -307,13 +325,16 @@ class Workspace:
     def make_room(self, need: int, keep: Collection[str]) -> None:
         """Under a disk limit, remove blobs until `need` more bytes fit or none is left: never `keep`, own checkpoints last.
 
-        Blobs of a finished or lost shard are useful to other peers, but the next shard needs the space more.
+        Blobs of a finished or lost shard are useful to other peers, but the next shard needs the space more. What the node's
+        devices need to continue stays in any case.
         """
         limit = self.store.limit_bytes
         if limit is None or need == 0:
             return
         used = self.store.used_bytes()
-        for digest, size in self._spare(keep):
+        if used + need <= limit:
+            return
+        for digest, size in self._spare({*keep, *self._needed_at_work()}):
             if used + need <= limit:
                 break
             used -= size

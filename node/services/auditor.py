@@ -12,45 +12,39 @@ from pathlib import Path
 
 from lutetia.models.data.parts.order import parts_used
 from lutetia.models.training.memory.options import MemoryOptions
-from lutetia.node.pacing import audit_pause
 from lutetia.node.runtime.data_parts import check_index_size
-from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.services.borrowing import Borrowing, clean_up, fetch_blob_of, in_time, is_free, send_until_taken
+from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.node.runtime.shell import NodeShell, is_free
+from lutetia.node.services.borrowing import Borrowing, borrow_when_free, clean_up, fetch_blob_of, in_time, send_until_taken
 from lutetia.node.trainer.messages import ReplayFinished, ReplayQuestion, RequestFailed, RunReplay, parse_report
 from lutetia.protocol.rpc.audit_request import AuditJob, AuditReport, AuditRequest, ask_audit, sign_report
 from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import TrainedWith
-from lutetia.system.errors import LutetiaError
 
 log = logging.getLogger(__name__)
 
 
-class NodeAuditor:
-    """A service beside the shell. `run` until it is cancelled."""
+async def run_audits(node: NodeShell, borrowing: Borrowing) -> None:
+    """Audit whenever a device of the node has nothing else to do, until cancelled."""
 
-    def __init__(self, shell: NodeShell, borrowing: Borrowing | None = None) -> None:
+    async def once(device: DeviceShell) -> float:
+        return await NodeAuditor(device, borrowing).once()
+
+    await borrow_when_free(node, borrowing, "audit", once, lambda: True)
+
+
+class NodeAuditor:
+    """Audits on one device, while it has no work of its own."""
+
+    def __init__(self, shell: DeviceShell, borrowing: Borrowing | None = None) -> None:
         self.shell, self.borrowing = shell, borrowing or Borrowing()
 
     @property
     def _free(self) -> bool:
         return is_free(self.shell)
 
-    async def run(self) -> None:
-        """Ask about once per heartbeat, or after the time that the coordinator names."""
-        wait = 0.0
-        while True:
-            heartbeat = self.shell.network.manifest.timing.heartbeat
-            await asyncio.sleep(audit_pause(heartbeat, wait, self.shell.rules.jitter("audit", int(time.time()))))
-            wait = 0.0
-            if self._free:
-                try:
-                    async with self.borrowing.lock:
-                        wait = await self._once()
-                except (LutetiaError, ConnectionError) as error:
-                    log.debug("no audit now: %s", " ".join(str(error).split()))
-
-    async def _once(self) -> float:
+    async def once(self) -> float:
         """Do one audit if there is one. Returns the seconds until the next question."""
         network = self.shell.network
         request = AuditRequest(owner=network.identity.public_key)
@@ -152,7 +146,7 @@ class NodeAuditor:
             **job.model_dump(include={"shard", "epochs", "steps", "precision"}), **paths,
             "manifest": self.shell.workspace.paths.manifest, "epoch": job.epoch - 1, "device": result.device,
             "micro_batch": fit.micro_batch, "memory": MemoryOptions.model_validate({**fit.memory.model_dump(), **forms}),
-            "threads": self.shell.settings.threads, "base": self.shell.workspace.base_model(), "doubt": doubt,
+            "threads": self.shell.choice.threads, "base": self.shell.workspace.base_model(), "doubt": doubt,
         }  # fmt: skip
         question = ReplayQuestion.model_validate(values)
         message = None

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS
+from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_pause
 from lutetia.node.runtime.data_parts import check_index_size
+from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.system.errors import LutetiaError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -22,21 +27,41 @@ T = TypeVar("T")
 class Borrowing:
     """Shared by the services that borrow: one borrows at a time.
 
-    `lenders`: the coordinators that said that they lend checks, by peer id.
+    `lenders`: the coordinators that said that they lend checks, by peer id. `made`: routers that were made for checks, which the
+    coordinator may fetch.
     """
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     lenders: set[str] = field(default_factory=set)
+    made: list[BlobRef] = field(default_factory=list)
 
 
-def is_free(shell: NodeShell) -> bool:
-    """Whether the node has no work of its own, and its hardware is known to be fit."""
-    state = shell.state
-    fit = shell.prober.result is not None and state.disk_full_since is None and shell.slowed is None
-    return state.phase == "idle" and state.online and fit
+async def borrow_when_free(
+    node: NodeShell, borrowing: Borrowing, what: str, once: Callable[[DeviceShell], Awaitable[float]], ready: Callable[[], bool]
+) -> None:
+    """Ask for work about once per heartbeat, or after the time that the coordinator names, until cancelled.
+
+    Args:
+        node: the node; one of its devices that has nothing to do is taken.
+        borrowing: shared by those that borrow.
+        what: what is borrowed, for the log.
+        once: asks, and does the work if there is any; returns the seconds until the next question.
+        ready: whether to ask at all.
+    """
+    wait = 0.0
+    while True:
+        heartbeat = node.manifest.timing.heartbeat
+        await asyncio.sleep(audit_pause(heartbeat, wait, node.rules.jitter(what, int(time.time()))))
+        wait, device = 0.0, node.free_device()
+        if device is not None and ready():
+            try:
+                async with borrowing.lock:
+                    wait = await once(device)
+            except (LutetiaError, ConnectionError) as error:
+                log.debug("no %s now: %s", what, " ".join(str(error).split()))
 
 
-async def fetch_data(shell: NodeShell, shard: int) -> tuple[Path, list[BlobRef]]:
+async def fetch_data(shell: DeviceShell, shard: int) -> tuple[Path, list[BlobRef]]:
     """The path of a shard's training data, or of their index, and all blobs that they are; missing ones are fetched.
 
     Raises UnreachableError, IntegrityError or DiskError.
@@ -52,14 +77,14 @@ async def fetch_data(shell: NodeShell, shard: int) -> tuple[Path, list[BlobRef]]
     return path, [spec.train, *parts]
 
 
-async def fetch_blob_of(shell: NodeShell, ref: BlobRef, keep: Collection[str], listed_by: BlobRef | None = None) -> Path:
+async def fetch_blob_of(shell: DeviceShell, ref: BlobRef, keep: Collection[str], listed_by: BlobRef | None = None) -> Path:
     """A blob in the node's store; room for it is made by removing others than `keep`."""
     if not await asyncio.to_thread(shell.network.store.has, ref.digest):
         await asyncio.to_thread(shell.workspace.make_room, ref.size, keep)
     return await shell.network.fetch(ref, listed_by=listed_by)
 
 
-async def clean_up(shell: NodeShell, shard: int, refs: Iterable[BlobRef]) -> None:
+async def clean_up(shell: DeviceShell, shard: int, refs: Iterable[BlobRef]) -> None:
     """Remove what was fetched for borrowed work on the shard, except what this node serves or needs by now."""
     wanted = await asyncio.to_thread(_wanted, shell, shard)
     for ref in refs:
@@ -67,12 +92,11 @@ async def clean_up(shell: NodeShell, shard: int, refs: Iterable[BlobRef]) -> Non
             await asyncio.to_thread(shell.network.store.remove, ref.digest)
 
 
-def _wanted(shell: NodeShell, shard: int) -> set[str]:
+def _wanted(shell: DeviceShell, shard: int) -> set[str]:
     """Blobs of the shard that this node serves or needs. Blocks on the disk."""
-    workspace, work, wanted = shell.workspace, shell.state.work, set(shell.served())
-    if work and work.shard == shard:
-        accepted = shell.network.acceptances.get(shard)
-        wanted |= workspace.needed(shard, workspace.base(shard, work.epoch, work.checkpoint, accepted))
+    workspace, wanted = shell.workspace, set(shell.served())
+    if held := workspace.at_work.get(shard):
+        wanted |= workspace.needed(shard, workspace.base(shard, *held, shell.network.acceptances.get(shard)))
     return wanted
 
 

@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from lutetia.models.data.parts.index import parts_of
-from lutetia.node.pacing import audit_pause
-from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.node.runtime.shell import NodeShell, is_free
 from lutetia.node.services.auditor import NodeAuditor, made_with
-from lutetia.node.services.borrowing import Borrowing, clean_up, fetch_blob_of, fetch_data, in_time, is_free, send_until_taken
+from lutetia.node.services.borrowing import (
+    Borrowing,
+    borrow_when_free,
+    clean_up,
+    fetch_blob_of,
+    fetch_data,
+    in_time,
+    send_until_taken,
+)
 from lutetia.node.trainer.checking.questions import CheckQuestion, RouterQuestion
 from lutetia.node.trainer.messages import (
     CheckFinished,
@@ -49,36 +57,33 @@ Findings = dict[str, Any]
 """The fields of a CheckReport that a check fills."""
 
 
+async def run_checks(node: NodeShell, borrowing: Borrowing, store: BlobStore) -> None:
+    """Carry out lent checks whenever a device of the node has nothing else to do, until cancelled.
+
+    Only coordinators that lend checks are asked. `store`: for what a check needs; it is emptied first.
+    """
+    await asyncio.to_thread(empty, store)
+
+    async def once(device: DeviceShell) -> float:
+        return await NodeChecker(device, borrowing, store).once()
+
+    await borrow_when_free(node, borrowing, "check", once, lambda: bool(borrowing.lenders))
+
+
 class NodeChecker:
-    """A service beside the shell. `run` until it is cancelled.
+    """Carries out checks on one device, while it has no work of its own.
 
     Args:
-        shell: the node.
+        shell: the device.
         borrowing: shared with audits.
-        store: for what a check needs. It is emptied first.
+        store: for what a check needs. It is emptied at the end.
     """
 
-    def __init__(self, shell: NodeShell, borrowing: Borrowing, store: BlobStore) -> None:
+    def __init__(self, shell: DeviceShell, borrowing: Borrowing, store: BlobStore) -> None:
         self.shell, self.borrowing, self.store = shell, borrowing, store
-        self._made: list[BlobRef] = []
         self._fetched_data: dict[int, list[BlobRef]] = {}
 
-    async def run(self) -> None:
-        """Ask the coordinators that lend checks about once per heartbeat, or after the time that they name."""
-        await asyncio.to_thread(self._empty)
-        wait = 0.0
-        while True:
-            heartbeat = self.shell.network.manifest.timing.heartbeat
-            await asyncio.sleep(audit_pause(heartbeat, wait, self.shell.rules.jitter("check", int(time.time()))))
-            wait = 0.0
-            if is_free(self.shell) and self.borrowing.lenders:
-                try:
-                    async with self.borrowing.lock:
-                        wait = await self._once()
-                except (LutetiaError, ConnectionError) as error:
-                    log.debug("no check now: %s", " ".join(str(error).split()))
-
-    async def _once(self) -> float:
+    async def once(self) -> float:
         """Carry out one check if there is one. Returns the seconds until the next question."""
         wait = 0.0
         for peer, addresses in self.shell.network.coordinators:
@@ -132,7 +137,7 @@ class NodeChecker:
             )
             log.info("carried out a check (%s) of shard %d for the coordinator: %s", job.kind, job.shard, report.outcome)
         finally:
-            await asyncio.to_thread(self._empty)
+            await asyncio.to_thread(empty, self.store)
             for shard, blobs in self._fetched_data.items():
                 await clean_up(self.shell, shard, blobs)
             self._fetched_data.clear()
@@ -187,11 +192,11 @@ class NodeChecker:
             return _failed(report)
         if job.router is None:  # served from now on, for the coordinator to fetch
             await asyncio.to_thread(self._forget_made)
-            self._made.append(await asyncio.to_thread(self.shell.network.store.add_file, question.out, True))
+            self.borrowing.made.append(await asyncio.to_thread(self.shell.network.store.add_file, question.out, True))
         found = report.findings
         return {
-            "router": job.router or self._made[-1], "accuracy": found.accuracy, "accuracy_by_time": found.accuracy_by_time,
-            "calibration_error": found.calibration_error,
+            "router": job.router or self.borrowing.made[-1], "accuracy": found.accuracy,
+            "accuracy_by_time": found.accuracy_by_time, "calibration_error": found.calibration_error,
         }  # fmt: skip
 
     async def _data(self, shard: int) -> Path:
@@ -204,7 +209,7 @@ class NodeChecker:
         result = self.shell.prober.result
         assert result
         return {
-            "manifest": self.shell.workspace.paths.manifest, "device": result.device, "threads": self.shell.settings.threads,
+            "manifest": self.shell.workspace.paths.manifest, "device": result.device, "threads": self.shell.choice.threads,
         }  # fmt: skip
 
     async def _fetched(self, refs: dict[str, BlobRef | None]) -> dict[str, Path]:
@@ -231,16 +236,17 @@ class NodeChecker:
             await (trainer.give_back(child) if message else child.kill())
         return parse_report(message) if message else None
 
-    def _empty(self) -> None:
-        """Remove what was fetched for a check. Blocks on the disk."""
-        for digest in {*self.store.digests(), *self.store.arriving()}:
-            self.store.remove(digest)
-        (self.store.root / "router.safetensors").unlink(missing_ok=True)
-
     def _forget_made(self) -> None:
         """Routers of earlier checks: the coordinator has fetched them, or does not want them. Blocks on the disk."""
-        while self._made:
-            self.shell.network.store.remove(self._made.pop().digest)
+        while self.borrowing.made:
+            self.shell.network.store.remove(self.borrowing.made.pop().digest)
+
+
+def empty(store: BlobStore) -> None:
+    """Remove what was fetched for a check. Blocks on the disk."""
+    for digest in {*store.digests(), *store.arriving()}:
+        store.remove(digest)
+    (store.root / "router.safetensors").unlink(missing_ok=True)
 
 
 def _failed(report: FromTrainer | None) -> Findings:

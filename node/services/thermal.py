@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -48,21 +48,21 @@ def next_duty_cycle(share: float, celsius: float, limit: float) -> float:
     return min(1.0, max(MIN_DUTY_CYCLE, share * factor))
 
 
-def hottest(device: str) -> Temperature | None:
-    """The hottest reading of processor and, unless `device` is cpu, visible NVIDIA GPUs; None if there is no sensor."""
-    readings = _processor() + ([] if device == "cpu" else _nvidia())
+def hottest(devices: Sequence[str]) -> Temperature | None:
+    """The hottest reading of processor and, unless `devices` are of the CPU, visible NVIDIA GPUs; None if there is no sensor."""
+    readings = _processor() + ([] if all(device.startswith("cpu") for device in devices) else _nvidia())
     return max(readings, key=lambda reading: reading.celsius, default=None)
 
 
-def check_sensors(device: str) -> None:
+def check_sensors(devices: Sequence[str]) -> None:
     """Raises HardwareError if this machine has no temperature sensor, so that no limit can be kept."""
-    if hottest(device) is None:
+    if hottest(devices) is None:
         raise HardwareError("this machine has no temperature sensor, so max_temp cannot be kept; set a duty instead")
 
 
 async def limit_temperature(
     limit: float,
-    device: str,
+    devices: Sequence[str],
     set_share: Callable[[float], Awaitable[None]],
     set_slowed: Callable[[str | None], None],
 ) -> None:
@@ -70,13 +70,13 @@ async def limit_temperature(
 
     Args:
         limit: degrees Celsius.
-        device: as in the settings; cpu leaves GPUs out.
+        devices: as in the settings; parts of the CPU alone leave GPUs out.
         set_share: takes the new share of time, 0 to 1.
         set_slowed: takes why the share is below 1; None at full speed.
     """
     share = 1.0
     while True:
-        if reading := await asyncio.to_thread(hottest, device):
+        if reading := await asyncio.to_thread(hottest, devices):
             before, share = share, next_duty_cycle(share, reading.celsius, limit)
             shown = f"{reading.sensor} is at {reading.celsius:.0f} °C, limit {limit:g}: training {share:.0%} of the time"
             if (before < 1) != (share < 1):

@@ -1,4 +1,4 @@
-"""The trainer process: `python -m lutetia.node.trainer`. It trains one shard under the node's supervisor.
+"""The trainer process: `python -m lutetia.node.trainer [--memory BYTES]`. It trains one shard under the node's supervisor.
 
 Orders come on stdin, reports go to stdout (`node.trainer.messages`). When stdin ends, it stops and saves.
 """
@@ -18,6 +18,11 @@ from lutetia.system.process import ParentChannel, give_way
 NICENESS = 5  # the daemon's heartbeats come before training
 
 
+def memory_limit(arguments: list[str]) -> int | None:
+    """The bytes of `--memory BYTES`, which the process may take of its device; None without it."""
+    return int(arguments[1]) if arguments[:1] == ["--memory"] else None
+
+
 def main() -> NoReturn:
     """Ends with `os._exit`, because a thread may still be reading stdin."""
     channel = ParentChannel()  # before the heavy imports: the daemon may die in the seconds that they take
@@ -31,7 +36,7 @@ def main() -> NoReturn:
         import_experts()
         from lutetia.node.trainer.loop import work
 
-        code = EXIT_CODES[work(channel)]
+        code = EXIT_CODES[work(channel, memory_limit(sys.argv[1:]))]
     finally:
         if sys.exc_info()[0]:
             traceback.print_exc()

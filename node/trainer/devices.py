@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import psutil
 
 from lutetia.models.device import Precision
 from lutetia.system.errors import HardwareError
@@ -79,9 +83,9 @@ def missing_code(capability: tuple[int, int], built_for: Sequence[str]) -> str:
 
 
 def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
-    """(device, reason) for `auto`, `cpu`, `mps`, `cuda`, `cuda:N`, `xpu` or `xpu:N`. Raises DeviceMissing."""
+    """(device, reason) for `auto`, `cpu`, `mps`, `cuda`, `cuda:N`, `xpu` or `xpu:N`. `auto`: the first. Raises DeviceMissing."""
     if wanted == "auto":
-        return _best(seen)
+        return all_devices(seen)[0]
     kind, _, number = wanted.partition(":")
     if kind in ("cuda", "xpu"):
         cards = seen.cuda if kind == "cuda" else seen.xpu
@@ -98,17 +102,16 @@ def choose_device(wanted: str, seen: Accelerators) -> tuple[str, str]:
     return wanted, f"{wanted}: as set"
 
 
-def _best(seen: Accelerators) -> tuple[str, str]:
-    for number, card in enumerate(seen.cuda):
-        if not card.refused:
-            return f"cuda:{number}", f"cuda:{number}: {card.name}"
-    if seen.xpu:
-        return "xpu:0", f"xpu:0: {seen.xpu[0].name}"
-    if seen.mps:
-        return "mps", "mps: Apple GPU"
-    if seen.cuda:
-        return "cpu", f"cpu: {seen.cuda[0].name} has {seen.cuda[0].refused}"
-    return "cpu", "cpu: no accelerator that torch can use"
+def all_devices(seen: Accelerators) -> list[tuple[str, str]]:
+    """(device, reason) of every device that is worth training on: all cards that torch can compute on, else the CPU."""
+    cards = [(f"cuda:{number}", f"cuda:{number}: {card.name}") for number, card in enumerate(seen.cuda) if not card.refused]
+    cards += [(f"xpu:{number}", f"xpu:{number}: {card.name}") for number, card in enumerate(seen.xpu)]
+    if seen.mps and not cards:
+        cards.append(("mps", "mps: Apple GPU"))
+    if cards:
+        return cards
+    refused = f"{seen.cuda[0].name} has {seen.cuda[0].refused}" if seen.cuda else "no accelerator that torch can use"
+    return [("cpu", f"cpu: {refused}")]
 
 
 def choose_precision(device: str, wanted: str, seen: Accelerators) -> tuple[Precision, str]:
@@ -134,3 +137,35 @@ def _cuda_precision(major: int, minor: int) -> tuple[Precision, str]:
     if major == 7:
         return "float16", f"float16 with a scaled loss: {capability} has no bfloat16"
     return "float32", f"float32: {capability} has neither bfloat16 nor fast float16"
+
+
+def use_device(device: str, most: int | None) -> None:
+    """Work on `device` from now on, and take at most `most` bytes of it; None: all that is free.
+
+    Another card's memory is not touched by what torch sets up. On the CPU the bytes are what this process allocates from now on
+    (Linux). A device that is missing or fails is reported by whoever uses it.
+    """
+    import torch
+
+    kind = device.partition(":")[0]
+    with contextlib.suppress(RuntimeError, AssertionError):
+        if kind in ("cuda", "xpu"):
+            backend = torch.cuda if kind == "cuda" else torch.xpu
+            backend.set_device(device)
+            if most is not None and hasattr(backend, "set_per_process_memory_fraction"):
+                total = backend.get_device_properties(torch.device(device)).total_memory
+                backend.set_per_process_memory_fraction(min(1.0, most / total), torch.device(device))
+        elif kind == "mps" and most is not None:
+            torch.mps.set_per_process_memory_fraction(min(1.0, most / torch.mps.recommended_max_memory()))
+        elif kind == "cpu" and most is not None:
+            _limit_process(most)
+
+
+def _limit_process(most: int) -> None:
+    """Let this process allocate `most` more bytes; beyond that torch reports that memory is short."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = psutil.Process().memory_info().data + most
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

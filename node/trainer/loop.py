@@ -20,13 +20,15 @@ from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
 from lutetia.node.trainer.checking.answers import answer_check, answer_router
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
-from lutetia.node.trainer.devices import DeviceMissing
+from lutetia.node.trainer.devices import Accelerators, DeviceMissing, all_devices, use_device
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.export import TrainingExport
 from lutetia.node.trainer.messages import (
     AllowTraining,
+    DevicesListed,
     ExitReport,
     FromTrainer,
+    ListDevices,
     ProbeFinished,
     ProgressReport,
     RequestFailed,
@@ -63,7 +65,9 @@ class StoppedWaiting(Exception):
 class DaemonOrders:
     """The supervisor's orders, read by a thread of their own once training starts; also sends it reports."""
 
-    def __init__(self, channel: ParentChannel) -> None:
+    def __init__(self, channel: ParentChannel, memory: int | None = None) -> None:
+        """`memory`: bytes that this process may take of its device; None: all that is free."""
+        self._memory = memory
         self.until, self.duty_cycle = 0, 1.0
         self.stopping, self.save = False, True
         self._changed = threading.Condition()
@@ -76,15 +80,22 @@ class DaemonOrders:
         """Answer probes, replays and checks until there is something to train; None when there is nothing."""
         for message in self._messages:
             match parse_order(message):
+                case ListDevices():
+                    self.send(answer_devices())
                 case RunProbe(question=question):
+                    use_device(question.device, self._memory)
                     self.send(answer_probe(question))
                 case RunReplay(question=question):
+                    use_device(question.device, self._memory)
                     self.send(answer_replay(question))
                 case RunCheck(question=question):
+                    use_device(question.device, self._memory)
                     self.send(answer_check(question))
                 case RunRouter(question=question):
+                    use_device(question.device, self._memory)
                     self.send(answer_router(question))
                 case StartTraining(assignment=assignment):
+                    use_device(assignment.device, self._memory)
                     self.until, self.duty_cycle = assignment.until, assignment.duty
                     return assignment
                 case StopTraining():
@@ -249,6 +260,11 @@ class _Rate:
         return (after - before) / (end - start) if end > start else 0.0
 
 
+def answer_devices() -> DevicesListed:
+    found = all_devices(Accelerators.seen())
+    return DevicesListed(devices=tuple(name for name, _ in found), reasons=tuple(reason for _, reason in found))
+
+
 def answer_probe(question: ProbeQuestion) -> ProbeFinished | RequestFailed:
     try:
         return ProbeFinished(finding=probe(question))
@@ -300,10 +316,10 @@ def read_manifest(assignment: Assignment) -> Manifest:
     return SignedManifest.model_validate_json(assignment.manifest.read_bytes()).manifest
 
 
-def work(channel: ParentChannel) -> Exit:
-    """Carry out one assignment; returns why it ended."""
+def work(channel: ParentChannel, memory: int | None = None) -> Exit:
+    """Carry out one assignment; returns why it ended. `memory`: bytes that it may take of its device; None: all that is free."""
     torch.set_flush_denormal(True)  # a parent full of such numbers would make every step several times as slow
-    orders = DaemonOrders(channel)
+    orders = DaemonOrders(channel, memory)
     try:
         assignment = orders.assignment()
         if assignment is None:

@@ -65,6 +65,12 @@ class RunProbe(_Message):
     question: ProbeQuestion
 
 
+class ListDevices(_Message):
+    """Name the devices of this machine that are worth training on; answered by DevicesListed or RequestFailed."""
+
+    do: Literal["devices"] = "devices"
+
+
 class RunReplay(_Message):
     """Replay an epoch; answered by ReplayFinished or RequestFailed."""
 
@@ -121,11 +127,20 @@ class StopTraining(_Message):
 
 
 ToTrainer = (
-    RunProbe | RunReplay | RunCheck | RunRouter | StartTraining | AllowTraining | SetDutyCycle | DataArrived | StopTraining
-)
+    ListDevices | RunProbe | RunReplay | RunCheck | RunRouter | StartTraining | AllowTraining | SetDutyCycle | DataArrived
+    | StopTraining
+)  # fmt: skip
 
 
 # --- from the trainer process -----------------------------------------------------------------------------------------------
+
+
+class DevicesListed(_Message):
+    """`devices`: their names in torch's words, at least one; `reasons`: why each, for the log."""
+
+    say: Literal["devices"] = "devices"
+    devices: tuple[str, ...]
+    reasons: tuple[str, ...]
 
 
 class ProbeFinished(_Message):
@@ -218,8 +233,8 @@ class ExitReport(_Message):
 
 
 FromTrainer = (
-    ProbeFinished | ReplayFinished | CheckFinished | RouterFinished | RequestFailed | TrainerReady | ProgressReport
-    | WaitingForPart | LocalStateSaved | CheckpointWritten | DiskReport | ExitReport
+    DevicesListed | ProbeFinished | ReplayFinished | CheckFinished | RouterFinished | RequestFailed | TrainerReady
+    | ProgressReport | WaitingForPart | LocalStateSaved | CheckpointWritten | DiskReport | ExitReport
 )  # fmt: skip
 
 

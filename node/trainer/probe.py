@@ -61,6 +61,8 @@ class ProbeQuestion(Frozen):
     precision: PrecisionChoice = Field(default="auto", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass to try first; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    memory: int | None = Field(default=None, description="Bytes that training may take of the device; None: all that is free")
+    hardware: str = Field(default="", description="Digest of this machine's cards, processor and drivers")
     free_disk: int = Field(ge=0, description="Bytes that blobs may still take")
 
 
@@ -163,8 +165,13 @@ def probe(question: ProbeQuestion) -> ProbeResult:
     )  # fmt: skip
 
 
-def available_memory(device: str) -> int:
-    """Bytes that training may take of the device now."""
+def available_memory(device: str, most: int | None = None) -> int:
+    """Bytes that training may take of the device now; `most`: as the volunteer allows."""
+    free = _free_memory(device)
+    return free if most is None else min(free, most)
+
+
+def _free_memory(device: str) -> int:
     import torch
 
     if device.startswith("cuda"):
@@ -223,7 +230,7 @@ def _try_expert(
     trial = _Trial(manifest, shard, data, device)
     try:
         parameters = sum(parameter.numel() for parameter in build_meta(manifest.expert_of(shard)).parameters())
-        for plan in plans(lambda: expert_facts(manifest, shard), parameters, available_memory(device), ask):
+        for plan in plans(lambda: expert_facts(manifest, shard), parameters, available_memory(device, question.memory), ask):
             size = largest_working(plan.rows, lambda rows, plan=plan: trial.works(plan, rows))
             if size is not None:
                 why = "as set" if wanted and size == wanted else "the whole batch" if size >= batch else "the largest that fits"
@@ -279,7 +286,7 @@ class _Trial:
 
 
 def question_digest(question: ProbeQuestion) -> str:
-    """Digest of all that the result depends on: manifest, settings and software versions."""
+    """Digest of all that the result depends on: manifest, settings, hardware and software versions."""
     parts = [question.manifest.read_bytes().hex(), question.model_dump_json(exclude={"free_disk", "manifest"})]
     parts += [importlib.metadata.version(name) for name in ("torch", "diffusers")]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()

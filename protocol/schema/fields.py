@@ -106,9 +106,9 @@ OpenWord = Annotated[str, Field(pattern=r"^[a-z][a-z0-9 -]{0,31}$")]
 """A value of a list that later versions may lengthen; readers show one that they do not know as it is."""
 
 
-def added(default: Any, description: str) -> Any:
+def added(default: Any, description: str, **limits: Any) -> Any:
     """A field that came after release 0.1: it is not written while it has its `default`.
 
-    Older peers thus read and hash documents that do not use it as before.
+    Older peers thus read and hash documents that do not use it as before. `limits`: as for `pydantic.Field`.
     """
-    return Field(default=default, description=description, exclude_if=lambda value: value == default)
+    return Field(default=default, description=description, exclude_if=lambda value: value == default, **limits)

@@ -42,6 +42,7 @@ from lutetia.system.errors import LutetiaError
 MAX_RECORD_BYTES = 4096
 NODE_BUCKETS = 16
 MAX_QUARANTINED = 48
+MOST_DEVICES = 16
 _REMEMBERED = 8192  # records whose signatures are known: about 20 MB
 _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
@@ -86,6 +87,15 @@ class TrainedWith(WireDocument):
     )
 
 
+class DeviceEntry(WireDocument):
+    """One of several devices of a node."""
+
+    device: Word = Field(description="Its name on that machine, for instance cuda:1")
+    state: NodeState = Field(description="What it is doing")
+    shard: ShardIndex | None = Field(default=None, description="Index of the shard that it works on; null: none")
+    samples_per_second: Rate = Field(default=0.0, description="Training speed in samples per second; 0: unknown")
+
+
 class NodeRecord(_Record):
     """A node: where it is, what it offers and what it does."""
 
@@ -102,6 +112,9 @@ class NodeRecord(_Record):
     )
     relayed: bool = Field(default=False, description="Not used: whoever is connected to a node sees how")
     name: PeerName = added("", "What its volunteer calls it; empty: nothing. A name proves nothing")
+    devices: tuple[DeviceEntry, ...] = added(
+        (), "Its devices, if it has several; state, shard and speed above then sum them up", max_length=MOST_DEVICES
+    )
 
     def key(self) -> str:
         return node_key(self.run, self.owner)

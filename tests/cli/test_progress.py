@@ -15,7 +15,7 @@ from lutetia.cli.output import console
 from lutetia.cli.progress import TrainingProgress, training_line
 from lutetia.coordinator.serve import ServedRun
 from lutetia.coordinator.web.app import page_address
-from lutetia.node.control import LocalStatus
+from lutetia.node.local_status import LocalStatus
 from lutetia.system.log_format import StatusLineHandler, stderr_handler
 from tests.cli.command_runner import ticket
 from tests.cli.sample_documents import NOW, PEERS

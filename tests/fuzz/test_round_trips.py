@@ -14,7 +14,8 @@ from lutetia.coordinator.ledger.events import Event, read_event
 from lutetia.coordinator.run_folder import Endpoint
 from lutetia.models.data.description import DataDescription
 from lutetia.models.mixing.description import SignedMixture
-from lutetia.node.control import ControlRequest, LocalStatus
+from lutetia.node.control import ControlRequest
+from lutetia.node.local_status import LocalStatus
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply
 from lutetia.protocol.rpc.introduction import Hello
 from lutetia.protocol.schema import records

@@ -26,7 +26,7 @@ async def echo(request: ControlRequest) -> dict[str, Any]:
 
 async def test_ask_returns_the_answer(tmp_path: Path):
     async with serve_control(tmp_path, echo):
-        assert await ask(tmp_path, "pause", seconds=60) == {"verb": "pause", "seconds": 60.0}
+        assert await ask(tmp_path, "pause", seconds=60) == {"verb": "pause", "seconds": 60.0, "device": None}
         assert stat.S_IMODE((tmp_path / SOCKET).stat().st_mode) == 0o600
     assert not (tmp_path / SOCKET).exists()
 

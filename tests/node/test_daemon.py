@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -138,3 +139,57 @@ async def test_full_disk_is_one_sentence_and_work_resumes(coordinator: ScriptedC
             await daemon.until(problem=None, accepted=lambda count: count > status["accepted"])
             await ask(daemon.state, "leave")
             assert await daemon.ended() == 0, daemon.log_text()
+
+
+async def test_two_devices_train_two_shards_under_one_identity(coordinator: ScriptedCoordinator, tmp_path: Path):
+    """Two parts of the processor stand for two cards: each has a child process of its own, and one may fail or pause alone."""
+    cards = ("--device", "cpu:0,cpu:1", "--threads", "cpu:0=1,cpu:1=1")
+    async with DaemonProcess.running(coordinator, tmp_path / "node", *cards) as daemon:
+        first, second = await both_train(daemon)
+        assert {first["shard"], second["shard"]} == {0, 1}
+        [record] = [node for node in await coordinator.records(await own_key(coordinator, daemon)) if node.shard is not None]
+        assert {(one.device, one.state, one.shard) for one in record.devices} == {
+            (each["device"], "training", each["shard"]) for each in (first, second)
+        }
+        [owner] = {claim.owner for shard in (0, 1) for claim in await coordinator.records(key_of(coordinator, shard))}
+        assert owner == record.owner
+
+        before = child(daemon, "trainer")
+        killed = min(before)
+        os.kill(killed, signal.SIGKILL)
+        _, after = await both_train(daemon), child(daemon, "trainer")
+        assert len(before & after) == 1, "the other device's process goes on"
+        assert "killed by signal 9" in daemon.log_text()
+
+        await ask(daemon.state, "pause", device="1")
+        paused = await daemon.until(devices=lambda each: each[1]["state"] == "paused")
+        assert paused["devices"][0]["state"] == "training"
+        assert await claims_are(coordinator, second["shard"], "released")
+        assert await claims_are(coordinator, first["shard"], "training")
+        await ask(daemon.state, "resume", device="cpu:1")
+        await both_train(daemon)
+        daemon.process.kill()
+        await daemon.process.wait()
+    async with DaemonProcess.running(coordinator, tmp_path / "node", *cards) as again:
+        await both_train(again)
+        assert again.log_text().count("starts from local") == 2
+        await ask(again.state, "finish")
+        assert await again.ended() == 0, again.log_text()
+    for lineage in coordinator.accepted.values():
+        assert [record.epoch for record in lineage] == list(range(1, len(lineage) + 1))
+    assert {record.owner for lineage in coordinator.accepted.values() for record in lineage} == {owner}
+
+
+async def both_train(daemon: DaemonProcess) -> list[dict[str, Any]]:
+    status = await daemon.until(
+        devices=lambda each: len(each) == 2 and all(one["state"] == "training" and one["step"] for one in each)
+    )
+    return status["devices"]
+
+
+async def own_key(coordinator: ScriptedCoordinator, daemon: DaemonProcess) -> str:
+    return node_key(coordinator.run.manifest.run_id, (await ask(daemon.state, "status"))["owner"])
+
+
+def key_of(coordinator: ScriptedCoordinator, shard: int) -> str:
+    return claim_key(coordinator.run.manifest.run_id, shard)

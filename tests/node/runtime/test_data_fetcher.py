@@ -12,8 +12,8 @@ from lutetia.models.data.parts.order import next_uses
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import ShardWork
 from lutetia.node.runtime.data_fetcher import AT_ONCE, DataFetcher
-from lutetia.node.runtime.shell import NodeShell
-from lutetia.node.runtime.trainer_process import TrainerReport
+from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.node.runtime.devices.trainer_process import TrainerReport
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError
 from tests.node.runtime.test_tasks import NodeSetup
@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("run"), clips=30, batch=2, steps=6)
 
 
-def at_work(shell: NodeShell, shard: int = 0) -> None:
+def at_work(shell: DeviceShell, shard: int = 0) -> None:
     """The state of a node whose trainer has begun."""
     work = ShardWork(shard=shard, epoch=0, checkpoint=None)
     shell.state = replace(shell.state, phase="training", work=work)

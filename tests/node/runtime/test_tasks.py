@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lutetia.node.device_settings import DeviceChoice
 from lutetia.node.machine import messages as m
-from lutetia.node.runtime.hardware_prober import HardwareProber
+from lutetia.node.runtime.devices.hardware_prober import HardwareProber
+from lutetia.node.runtime.devices.trainer_process import TrainerProcess
 from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.tasks import NodeTasks
-from lutetia.node.runtime.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.settings import NodeSettings
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
@@ -63,7 +64,7 @@ class NodeSetup:
         store = BlobStore(paths.blobs)
         settings = NodeSettings(ticket=ticket.encode(), state_folder=state, device="cpu", threads=1)
         workspace = Workspace(paths, run.manifest, store)
-        prober = HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
+        prober = HardwareProber(settings, DeviceChoice("cpu", 1), paths, TrainerProcess(lambda event: None, time.time, 1))
         return cls(
             run, workspace, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), workspace, prober)
         )

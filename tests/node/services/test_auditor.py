@@ -10,6 +10,7 @@ import pytest
 
 from lutetia.models.data.parts.index import read_index
 from lutetia.node.contributions import Contributions
+from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.replication_policy import Replica
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.services.auditor import NodeAuditor
@@ -25,12 +26,13 @@ pytestmark = pytest.mark.timeout(600)
 JOB = AuditJob(checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=1, precision="float32", until=4e9)
 
 
-def make_shell(node: NodeSetup, folder: Path) -> NodeShell:
+def make_shell(node: NodeSetup, folder: Path) -> DeviceShell:
     async def rejoin() -> Transport:
         raise ConnectionError("not used in this test")
 
     contributions = Contributions(folder / "contributions.json")
-    return NodeShell(node.tasks.settings, node.tasks.network, node.workspace, contributions, rejoin)
+    node_shell = NodeShell(node.tasks.settings, node.tasks.network, node.workspace, contributions, rejoin)
+    return node_shell.devices["cpu"]
 
 
 async def test_replay_keeps_the_copy_of_the_same_checkpoint(tmp_path: Path):

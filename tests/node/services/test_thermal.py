@@ -101,7 +101,7 @@ def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    if hottest("auto") is None:
+    if hottest(("auto",)) is None:
         assert doctor() == "no sensor can be read, so --max-temp does not work here; use --duty"
     sensor.shows(61.4)
     assert doctor() == "61 °C (x86_pkg_temp)"

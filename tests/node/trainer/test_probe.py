@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.trainer.devices import (
     Accelerators,
     CudaDevice,
@@ -127,6 +127,9 @@ def test_a_missing_device_is_told_apart_from_a_failed_probe(tmp_path: Path):
     assert isinstance(torn, ProbeFinished)
 
 
+MISSING = DeviceMissing("device cuda is set, but torch sees 0 CUDA devices; check the driver, or use cpu")
+
+
 async def test_only_a_device_that_never_was_there_ends_the_daemon():
     fed = []
 
@@ -134,14 +137,15 @@ async def test_only_a_device_that_never_was_there_ends_the_daemon():
         result: object = None
 
         async def probe(self, manifest: object) -> None:
-            raise DeviceMissing("device cuda is set, but torch sees 0 CUDA devices; check the driver, or use cpu")
+            raise MISSING
 
-    shell = SimpleNamespace(prober=Prober(), manifest=None, feed=fed.append)
+    node = SimpleNamespace(device_missing=lambda: fed.append("missing"))
+    shell = SimpleNamespace(prober=Prober(), manifest=None, feed=fed.append, found=False, node=node)
     with pytest.raises(HardwareError, match="torch sees 0 CUDA devices"):
-        await NodeShell._probe(shell)  # type: ignore[arg-type]
+        await DeviceShell._probe(shell)  # type: ignore[arg-type]
     shell.prober.result = "an earlier finding"
-    await NodeShell._probe(shell)  # type: ignore[arg-type]
-    assert [type(event).__name__ for event in fed] == ["ProbeFailed"]
+    await DeviceShell._probe(shell)  # type: ignore[arg-type]
+    assert [getattr(event, "reason", event) for event in fed] == ["missing", str(MISSING)]
 
 
 def test_expert_unfit_for_the_latents_has_fitness_zero(tmp_path: Path):

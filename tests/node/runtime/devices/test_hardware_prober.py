@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lutetia.node.runtime.hardware_prober import HardwareProber, announced
-from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.device_settings import DeviceChoice
+from lutetia.node.runtime.devices.hardware_prober import HardwareProber
+from lutetia.node.runtime.devices.inventory import hardware_mark
+from lutetia.node.runtime.devices.trainer_process import TrainerProcess
+from lutetia.node.runtime.node_record import DeviceFacts, summary_of
 from lutetia.node.runtime.workspace import RunPaths
 from lutetia.node.services.standby_policy import is_standby
 from lutetia.node.settings import NodeSettings
@@ -23,12 +27,12 @@ from tests.node.tiny_run import TinyRun, make_run
 pytestmark = pytest.mark.timeout(600)
 
 
-def prober_of(run: TinyRun, folder: Path) -> HardwareProber:
+def prober_of(run: TinyRun, folder: Path, hardware: Callable[[], str] = hardware_mark) -> HardwareProber:
     paths = RunPaths(folder / "node", run.manifest.run_id)
-    paths.folder.mkdir(parents=True)
+    paths.folder.mkdir(parents=True, exist_ok=True)
     paths.manifest.write_bytes(run.manifest_file.read_bytes())
     settings = NodeSettings(ticket="", state_folder=folder / "node", device="cpu", threads=1)
-    return HardwareProber(settings, paths, TrainerProcess(lambda event: None, time.time, 1))
+    return HardwareProber(settings, DeviceChoice("cpu", 1), paths, TrainerProcess(lambda event: None, time.time, 1), hardware)
 
 
 async def test_two_probes_at_once_keep_the_result_and_no_child(tmp_path: Path):
@@ -62,9 +66,9 @@ async def test_failed_probe_keeps_the_previous_result(tmp_path: Path):
 
 async def test_a_node_that_probes_is_announced_as_joining(tmp_path: Path):
     """Nobody saw it before for up to five minutes."""
-    state, hardware, rate = announced("probing", None, 0.0)
+    state, hardware, rate, *_ = summary_of([DeviceFacts("cpu", "probing", None, 0.0, None)])
     assert (state, hardware.device, rate) == ("joining", "not probed", 0.0)
-    assert announced("left", None, 0.0)[0] == "left"
+    assert summary_of([DeviceFacts("cpu", "left", None, 0.0, None)]).state == "left"
     run, keeper = make_run(tmp_path / "run"), Identity.derived("a node that probes")
     record = NodeRecord(
         run=run.manifest.run_id, owner=keeper.public_key, issued=1.0, peer_id=keeper.peer_id, hardware=hardware,

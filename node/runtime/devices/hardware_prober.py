@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
+from collections.abc import Callable
 
-import psutil
 from pydantic import ValidationError
 
-from lutetia.node.runtime.trainer_process import TrainerProcess
+from lutetia.node.device_settings import DeviceChoice
+from lutetia.node.runtime.devices.inventory import hardware_mark
+from lutetia.node.runtime.devices.trainer_process import TrainerProcess
 from lutetia.node.runtime.workspace import RunPaths
 from lutetia.node.settings import NodeSettings
 from lutetia.node.trainer.devices import DeviceMissing
@@ -19,7 +20,6 @@ from lutetia.node.trainer.messages import ProbeFinished, RequestFailed, RunProbe
 from lutetia.node.trainer.probe import PROBE_SECONDS, ProbeQuestion, ProbeResult, question_digest
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import Hardware, NodeState
 from lutetia.system.errors import DiskError, HardwareError
 from lutetia.system.files import write_atomic
 
@@ -29,12 +29,27 @@ log = logging.getLogger(__name__)
 class HardwareProber:
     """Probes the hardware, one probe at a time.
 
-    The first probe may reuse the result of an earlier daemon with the same question (manifest, settings, software). Later ones
-    run, because the hardware may have changed. `result` stays until there is a newer one: trainers may start meanwhile.
+    The first probe may reuse the result of an earlier daemon with the same question (manifest, settings, software, and the cards,
+    processors and drivers of this machine). Later ones run: something is wrong then. `result` stays until there is a newer one:
+    trainers may start meanwhile.
+
+    Args:
+        settings: the volunteer's settings.
+        choice: the device and what it may take.
+        paths: the run's paths.
+        trainer: where processes come from.
+        hardware: names this machine's hardware; see `hardware_mark`.
     """
 
-    def __init__(self, settings: NodeSettings, paths: RunPaths, trainer: TrainerProcess) -> None:
-        self.settings, self.paths, self.trainer = settings, paths, trainer
+    def __init__(
+        self,
+        settings: NodeSettings,
+        choice: DeviceChoice,
+        paths: RunPaths,
+        trainer: TrainerProcess,
+        hardware: Callable[[], str] = hardware_mark,
+    ) -> None:
+        self.settings, self.choice, self.paths, self.trainer, self._hardware = settings, choice, paths, trainer, hardware
         self.result: ProbeResult | None = None
         self._first = True
         self._probing = asyncio.Lock()
@@ -50,8 +65,9 @@ class HardwareProber:
         settings = self.settings
         free = shutil.disk_usage(settings.state_folder).free
         question = ProbeQuestion(
-            manifest=self.paths.manifest, device=settings.device, precision=settings.precision,
-            micro_batch=settings.micro_batch, threads=settings.threads,
+            manifest=self.paths.manifest, device=self.choice.torch_name, precision=settings.precision,
+            micro_batch=settings.micro_batch, threads=self.choice.threads, memory=self.choice.memory,
+            hardware=await asyncio.to_thread(self._hardware),
             free_disk=min(free, settings.disk_limit) if settings.disk_limit else free,
         )  # fmt: skip
         first, self._first = self._first, False
@@ -63,7 +79,7 @@ class HardwareProber:
 
     def _saved(self, question: ProbeQuestion, manifest: Manifest) -> ProbeResult | None:
         with contextlib.suppress(OSError, ValidationError):
-            result = ProbeResult.model_validate_json(self.paths.probe_result.read_bytes())
+            result = ProbeResult.model_validate_json(self.paths.probe_result(self.choice.name).read_bytes())
             fits = any(fit.fitness > 0 for fit in result.shards.values())
             if fits and result.question == question_digest(question) and question.free_disk >= manifest.hardware.disk_bytes:
                 log.info("using the saved probe result: %s; %s", result.device, result.precision_reason)
@@ -72,7 +88,7 @@ class HardwareProber:
 
     def _save(self, result: ProbeResult) -> None:
         with contextlib.suppress(DiskError, OSError):
-            write_atomic(self.paths.probe_result, canonical(result))
+            write_atomic(self.paths.probe_result(self.choice.name), canonical(result))
 
     async def _run(self, question: ProbeQuestion) -> ProbeResult:
         child = await self.trainer.take()
@@ -97,15 +113,3 @@ class HardwareProber:
                 raise DeviceMissing(report.text)
             raise HardwareError(report.text if isinstance(report, RequestFailed) else crashed)
         return result
-
-
-def announced(phase: NodeState, probed: ProbeResult | None, reported_rate: float) -> tuple[NodeState, Hardware, float]:
-    """State, hardware and samples per second for the node's record.
-
-    Until the first probe ends, which may take minutes, the node is announced as joining: with the machine's memory and cores, no
-    known device and no speed, so that nobody counts on it yet.
-    """
-    if probed:
-        return phase, probed.hardware, reported_rate or probed.samples_per_second
-    memory, cores = psutil.virtual_memory().total, os.cpu_count() or 1
-    return "left" if phase == "left" else "joining", Hardware(device="not probed", memory_bytes=memory, cores=cores), 0.0

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 STOP_GRACE = 60.0
 KILL_GRACE = 5.0
 SPARE_SECONDS = 60.0
-_MODULE = "lutetia.node.trainer"
+TRAINER_MODULE = "lutetia.node.trainer"
 
 
 @dataclass
@@ -55,10 +55,14 @@ class TrainerProcess:
         feed: takes the events.
         now: the node's clock, in Unix seconds.
         threads: CPU threads of the process; None: the default of its libraries.
+        memory: bytes that it may take of its device; None: all that is free.
     """
 
-    def __init__(self, feed: Callable[[Event], None], now: Callable[[], float], threads: int | None) -> None:
+    def __init__(
+        self, feed: Callable[[Event], None], now: Callable[[], float], threads: int | None, memory: int | None = None
+    ) -> None:
         self._feed, self._now = feed, now
+        self._arguments = ("--memory", str(memory)) if memory else ()
         self._environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self._child: Child | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -69,6 +73,8 @@ class TrainerProcess:
         self._duty_cycle: float | None = None
         self.disk_full = False
         """Whether the trainer waits for disk space; it retries and reports."""
+        self.shard: int | None = None
+        """The shard whose files the trainer uses, until it is gone."""
         self.report: TrainerReport | None = None
         self.starved = asyncio.Event()
         """Set when the trainer waits for a part of its data."""
@@ -80,11 +86,21 @@ class TrainerProcess:
         async with self._spawning:
             await self.give_back(await self._spare_or_new())
 
+    def adopt(self, child: Child) -> None:
+        """Take over a process that is ready to work, as the spare one."""
+        if self._arguments or self._spare is not None:  # it was started without this device's limit
+            asyncio.get_running_loop().create_task(child.kill())
+        else:
+            self._keep(child)
+
     async def give_back(self, child: Child) -> None:
         """Keep `child` as the spare process, or end it if there is one already."""
         if self._spare is not None:
             await child.kill()
             return
+        self._keep(child)
+
+    def _keep(self, child: Child) -> None:
         self._spare = child
         loop = asyncio.get_running_loop()
         self._spare_timer = loop.call_later(SPARE_SECONDS, lambda: loop.create_task(self.end_spare()))
@@ -106,7 +122,7 @@ class TrainerProcess:
             self._spare_timer.cancel()
         child, self._spare = self._spare, None
         if child is None or child.process.returncode is not None:
-            child = await Child.start(_MODULE, environment=self._environment)
+            child = await Child.start(TRAINER_MODULE, *self._arguments, environment=self._environment)
         return child
 
     # --- orders -------------------------------------------------------------------------------------------------------------
@@ -115,7 +131,7 @@ class TrainerProcess:
         """Start trainer number `run`; its reports come as events."""
         await self.stop(save=False)
         self._child, self._stopping, self.disk_full = await self.take(), False, False
-        self.report = TrainerReport(epoch=assignment.epoch)
+        self.report, self.shard = TrainerReport(epoch=assignment.epoch), assignment.shard
         self._reader = asyncio.create_task(self._read(run, self._child))
         await self._send(StartTraining(assignment=assignment))
         if self._duty_cycle is not None:
@@ -148,6 +164,7 @@ class TrainerProcess:
         await child.stop(STOP_GRACE if save else KILL_GRACE)
         if reader:
             await reader
+        self.shard = None
 
     async def close(self) -> None:
         """Kill all processes."""
@@ -174,7 +191,7 @@ class TrainerProcess:
             await child.kill()
         code = await child.process.wait()
         if self._child is child:
-            self._child = self._reader = self.report = None
+            self._child = self._reader = self.report = self.shard = None
             self.disk_full = False
         if reason is None:
             reason = _meaning_of(code)
