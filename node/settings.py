@@ -106,8 +106,8 @@ class NodeSettings(BaseSettings):
     device: str = Field(
         default="auto",
         pattern=DEVICES,
-        description="Devices to train on, each on a shard of its own: auto (all cards, else the CPU), or names like "
-        "cuda:0,cuda:2; cpu, mps, cuda:N or xpu:N, and cpu:0,cpu:1 for parts of the processor",
+        description="Devices to train on: auto (all cards, else the CPU), cpu, mps, cuda:N or xpu:N; several like cuda:0,cuda:2, "
+        "or cpu:0,cpu:1 for parts of the CPU",
     )
     precision: PrecisionChoice = Field(
         default="auto",

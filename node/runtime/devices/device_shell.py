@@ -258,7 +258,7 @@ class DeviceShell:
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
             self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)
-            self.feed(m.Probed(time.time(), probed.fitness))
+            self.feed(m.Probed(time.time(), probed.fitness, probed.samples_per_second))
 
     async def _begin_sync(self, action: m.Sync) -> None:
         """Start fetching, without making later ordered work wait for it."""

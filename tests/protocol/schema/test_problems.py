@@ -44,7 +44,7 @@ SERVE: list[tuple[dict[str, Any], str]] = [
     ({"http": "8080"}, "http: '8080' is not host:port"),
 ]
 NODE: list[tuple[dict[str, Any], str]] = [
-    ({"device": "tpu"}, "device: 'tpu' is not allowed (Device to train on: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N)"),
+    ({"device": "tpu"}, "device: 'tpu' is not allowed (Devices to train on: auto"),
     ({"disk_limit": "lots"}, "disk_limit: 'lots' is not allowed (Most disk space for blobs, like 50GB"),
     ({"duty": 2}, "duty: must be at most 1, not 2"),
     ({"precision": "f"}, "precision: must be 'auto', 'float32', 'bfloat16' or 'float16', not 'f'"),
