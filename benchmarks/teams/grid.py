@@ -20,6 +20,7 @@ class Block:
         batch: samples per step of each node.
         steps: steps one after another.
         rates: learning rates that each arm is tried at, in multiples of the size's.
+        slower: a further rate for one node alone; 0: none. Teams, whose gradients are less noisy, need none below their lowest.
         longer: multiples of `steps` that one node is trained for, at its best rate.
         nodes: nodes of lanes and of the whole batch.
         interval: steps between two merges of lanes.
@@ -30,10 +31,14 @@ class Block:
     batch: int
     steps: int
     rates: tuple[float, ...]
+    slower: float = 0.0
     longer: tuple[float, ...] = (2, 4, 0.5)
     nodes: int = 4
     interval: int = 50
     parent: int = 0
+
+    def rates_of(self, arm: Literal["one", "whole", "lanes"]) -> tuple[float, ...]:
+        return (*self.rates, self.slower) if self.slower and arm == "one" else self.rates
 
     def cell(self, arm: Literal["one", "whole", "lanes"], rate: float, seed: int) -> Cell:
         team = {"one": {}, "whole": {"nodes": self.nodes}, "lanes": {"nodes": self.nodes, "interval": self.interval}}[arm]
@@ -42,9 +47,9 @@ class Block:
 
 TINY_1, TINY_2 = Block("0.16M", 1, 500, (1, 2, 4)), Block("0.16M", 2, 500, (1, 2, 4))
 TINY_8 = Block("0.16M", 8, 500, (2, 4))
-MIDDLE_2, MIDDLE_8 = (Block("1.25M", batch, 300, (1, 2), longer=(2, 4)) for batch in (2, 8))
-LARGE_2, LARGE_8 = (Block("21M", batch, 80, (1, 2), longer=(2, 4), interval=20, parent=100) for batch in (2, 8))
-ADAPTERS_2 = Block("adapters", 2, 300, (1, 2), longer=(2, 4))
+MIDDLE_2, MIDDLE_8 = (Block("1.25M", batch, 300, (1, 2), slower=0.5, longer=(2, 4)) for batch in (2, 8))
+LARGE_2, LARGE_8 = (Block("21M", batch, 80, (1, 2), slower=0.5, longer=(2, 4), interval=20, parent=100) for batch in (2, 8))
+ADAPTERS_2 = Block("adapters", 2, 300, (1, 2), slower=0.5, longer=(2, 4))
 
 
 def grid(done: Done, sizes: frozenset[str], seeds: int) -> Iterator[Cell]:
@@ -61,9 +66,11 @@ def grid(done: Done, sizes: frozenset[str], seeds: int) -> Iterator[Cell]:
 def _ordered(done: Done, seeds: int) -> Iterator[Cell]:
     yield from compared(TINY_2, 0, done)
     yield from compared(LARGE_2, 0, done)
+    if seeds > 1:
+        yield from compared(TINY_2, 1, done)
     yield from compared(TINY_8, 0, done)
     yield from variants(TINY_2, done)
-    for seed in range(1, seeds):
+    for seed in range(2, seeds):
         yield from compared(TINY_2, seed, done)
     yield from compared(MIDDLE_2, 0, done)
     yield from compared(ADAPTERS_2, 0, done)
@@ -80,7 +87,7 @@ def _ordered(done: Done, seeds: int) -> Iterator[Cell]:
 def compared(block: Block, seed: int, done: Done) -> Iterator[Cell]:
     """One node, lanes and the whole batch; the first seed tries all rates, the others train at its best ones."""
     for arm in ("one", "lanes", "whole"):
-        for rate in block.rates if seed == 0 else (best_rate(block, arm, done),):
+        for rate in block.rates_of(arm) if seed == 0 else (best_rate(block, arm, done),):
             yield block.cell(arm, rate, seed)
     one = block.cell("one", best_rate(block, "one", done), seed)
     for multiple in block.longer:
@@ -104,5 +111,5 @@ def variants(block: Block, done: Done) -> Iterator[Cell]:
 
 def best_rate(block: Block, arm: Literal["one", "whole", "lanes"], done: Done) -> float:
     """The rate at which the arm has its lowest loss with the first seed; the middle one while none is measured."""
-    losses = {rate: done[cell].loss for rate in block.rates if (cell := block.cell(arm, rate, 0)) in done}
+    losses = {rate: done[cell].loss for rate in block.rates_of(arm) if (cell := block.cell(arm, rate, 0)) in done}
     return min(losses, key=losses.__getitem__) if losses else block.rates[len(block.rates) // 2]

@@ -93,9 +93,11 @@ def _reading(done: Done, cell: Cell) -> Worth | None:
 
 
 def _edge(done: Done, arm: Cell, rate: float) -> str:
-    """Marks a best rate that is the largest or the only one that was tried."""
+    """Says that a best rate is the lowest, the highest or the only one that was tried."""
     tried = {cell.rate for cell in done if replace(cell, rate=0.0, seed=0) == arm and cell.seed == 0}
-    return "" if len(tried) > 1 and rate < max(tried) else " (only one)" if len(tried) < 2 else " (highest)"
+    if len(tried) < 2:
+        return " (only one)"
+    return " (lowest)" if rate == min(tried) else " (highest)" if rate == max(tried) else ""
 
 
 def _spread(values: Sequence[float]) -> str:
