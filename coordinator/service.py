@@ -28,7 +28,7 @@ from lutetia.coordinator.lending.reserve import read_reserve
 from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.mixtures.archive import MixtureArchive
-from lutetia.coordinator.mixtures.stitcher import Stitcher
+from lutetia.coordinator.mixtures.stitcher import Measuring, Stitcher
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
@@ -167,7 +167,7 @@ class Service:
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery and not self.lender,
-            self.archive, self.settings.gallery_bytes,
+            self.archive, self.settings.gallery_bytes, self._measuring(holdouts),
         )  # fmt: skip
         self.audit_service = AuditService(
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
@@ -263,6 +263,11 @@ class Service:
         archive = MixtureArchive(self.folder.mixtures, self.blobs, self.ledger.stitched(), self.settings.kept_mixtures)
         archive.open(self.folder.mixture, self.ledger.state.mixture and self.ledger.state.mixture.mixture)
         return archive
+
+    def _measuring(self, holdouts: Holdouts) -> Measuring | None:
+        """A coordinator without worker processes measures nothing."""
+        chosen = self.settings.routing == "measured"
+        return None if self.lender else Measuring(holdouts.draw("mixtures"), self.settings.mixture_seconds, chosen)
 
     def _worker(self, name: str) -> WorkerClient:
         """Checks, mixtures, audits and proofs have a process each, started when needed, so that none waits for another."""

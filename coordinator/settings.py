@@ -244,6 +244,16 @@ class ServeSettings(_Settings):
         description="Keep weights and traces of all accepted epochs for good, not only of each shard's last 64, which may still "
         "be audited or rolled back to",
     )
+    mixture_seconds: Positive = Field(
+        default=120.0,
+        description="Seconds that the experts' passes may take when a mixture is scored on held-out clips; at least 8 clips are "
+        "scored however long they take",
+    )
+    routing: Literal["measured", "manifest"] = Field(
+        default="measured",
+        description="How a mixture's routing mode and temperature are chosen: measured, on held-out clips, where another way is "
+        "better than the manifest's beyond the noise; manifest, as it says",
+    )
     kept_mixtures: Count | None = Field(
         default=None,
         description="Mixtures whose files are kept, the newest ones and the current one; without it those of all mixtures that "

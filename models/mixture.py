@@ -102,6 +102,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         patch_size: frames, height and width of an expert's patch, which diffusers pipelines read.
         text_conditioned: whether the router needs the prompt.
         digest: of the mixture's contents, by which a folder that was replaced is noticed.
+        temperature: by which the router's logits are divided; above 1 it is less sure.
         interface: class of an expert, in whose place the mixture stands in a stock pipeline. None: WanTransformer3DModel.
     """
 
@@ -118,6 +119,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         text_conditioned: bool = True,
         digest: str | None = None,
         interface: str | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self._expert_config: dict[str, Any] = {}
         super().__init__()
@@ -286,6 +288,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         if self.config["text_conditioned"] and pooled is None:
             raise UsageError("the router needs the prompt: pass attention_kwargs={'routing_text': pooled text [B, P]}")
         logits = self.router(x_t, t, pooled)
+        if self.config["temperature"] != 1.0:
+            logits = logits / self.config["temperature"]
         return logits.masked_fill(~self._available.to(logits.device), -torch.inf).softmax(1)
 
     def free_experts(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import shlex
 import shutil
@@ -16,18 +17,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from lutetia.coordinator.acceptance.loss_bounds import mean
 from lutetia.coordinator.galleries import REAL, keep_gallery
 from lutetia.coordinator.holdouts import data_files, holdout_files
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunFinished
 from lutetia.coordinator.ledger.run_state import RunState
-from lutetia.coordinator.mixtures.archive import MixtureArchive
+from lutetia.coordinator.mixtures.archive import HeldOutLosses, MixtureArchive
 from lutetia.coordinator.mixtures.succession import Succession, succession
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed
-from lutetia.coordinator.worker.messages import MixtureReady, RouterReady, SampleGallery, StitchMixture, TrainRouter
+from lutetia.coordinator.worker.messages import (
+    MeasureMixture,
+    MixtureReady,
+    RouterReady,
+    SampleGallery,
+    StitchMixture,
+    TrainRouter,
+)
 from lutetia.coordinator.worker.time_limits import patience_for
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.blob_ref import BlobRef
@@ -57,6 +67,21 @@ def next_step(state: RunState, *, when: Literal["refresh", "end"], rested: bool)
     return "finish" if state.budgets_done and not state.finished and not state.audits else "nothing"
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """How mixtures are measured on held-out clips.
+
+    Args:
+        draw: a secret that fixes rows, noise and times.
+        seconds: what one measurement may take.
+        choose: choose mode and temperature of the routing by it.
+    """
+
+    draw: str
+    seconds: float
+    choose: bool
+
+
 @dataclass
 class Stitcher:
     """Makes what the ledger says is due.
@@ -68,6 +93,7 @@ class Stitcher:
         gallery: sample the manifest's prompts from each mixture that becomes current.
         gallery_bytes: most bytes of the galleries of earlier mixtures.
         archive: keeps all mixtures.
+        measuring: how mixtures are measured on held-out clips; None: they are not.
     """
 
     folder: RunFolder
@@ -82,6 +108,7 @@ class Stitcher:
     gallery: bool
     archive: MixtureArchive
     gallery_bytes: int = 0
+    measuring: Measuring | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _last: float = float("-inf")
 
@@ -140,7 +167,7 @@ class Stitcher:
         job = StitchMixture(
             folder=self.folder.next_mixture, accepted=tuple(accepted),
             weights=tuple(self.blobs.path(acceptance.weights.digest) for acceptance in accepted),
-            router=self.blobs.path(router.router.digest) if router else None,
+            router=self.blobs.path(router.router.digest) if router else None, measure=self._measure(),
         )  # fmt: skip
         size = sum(acceptance.weights.size for acceptance in accepted)
         answer = await self.worker.ask(job, limit=patience_for(size), sign=self._sign)
@@ -150,17 +177,32 @@ class Stitcher:
             "mixture %s stitched from epochs %s; it is %scurrent: %s",
             answer.digest[:12], list(epochs), "" if decided.current else "kept, and not ", decided.text,
         )  # fmt: skip
+        if answer.routing:
+            _log.info("routing of mixture %s: %s", answer.digest[:12], answer.routing)
         return [
             MixtureStitched(
                 time=self.now(), epochs=epochs, terms=state.terms, mixture=answer.digest, current=decided.current,
-                text=decided.text,
+                text=decided.text, loss=mean(answer.losses) if answer.losses else None, rows=len(answer.losses),
             )
         ]  # fmt: skip
 
+    def _measure(self) -> MeasureMixture | None:
+        """On secret rows that are the same for all mixtures of a manifest."""
+        if self.measuring is None:
+            return None
+        return MeasureMixture(
+            holdout=tuple(holdout_files(self.folder, self.manifest)), draw=self.measuring.draw,
+            seconds=self.measuring.seconds, choose=self.measuring.choose,
+        )  # fmt: skip
+
     def _settle(self, state: RunState, made: MixtureReady) -> Succession:
         """Keep the new mixture, and make it the run's if it succeeds the current one. Blocks on the disk."""
-        self.archive.add(self.folder.next_mixture)
-        decided = succession(state, None, None)
+        digest, new = self.archive.add(self.folder.next_mixture), None
+        if made.losses and self.measuring:
+            words = [digest_of(self.manifest), self.measuring.draw, *(shard.holdout.digest for shard in self.manifest.shards)]
+            new = HeldOutLosses(rows_of=hashlib.sha256(" ".join(words).encode()).hexdigest(), losses=made.losses)
+            self.archive.write_losses(digest, new)
+        decided = succession(state, new, state.mixture and self.archive.read_losses(state.mixture.mixture))
         if decided.current:
             replace_folder(self.folder.next_mixture, self.folder.mixture)
         else:

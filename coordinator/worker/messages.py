@@ -191,20 +191,32 @@ class TrainRouter(Job[RouterReady]):
 
 
 class MixtureReady(_Line):
-    """The digest of the mixture that was written."""
+    """The digest of the mixture that was written; its held-out losses row by row, and how it routes and why, if measured."""
 
     job: Literal["stitch"] = "stitch"
     digest: str
+    losses: tuple[float, ...] = ()
+    routing: str = ""
+
+
+class MeasureMixture(_Line):
+    """Score the mixture on held-out clips before it is written. `choose`: choose its routing by that, too."""
+
+    holdout: tuple[Path, ...]
+    draw: str
+    seconds: float
+    choose: bool
 
 
 class StitchMixture(Job[MixtureReady]):
-    """Replace the mixture in `folder`; `weights` are the files of `accepted`, in the same order."""
+    """Replace the mixture in `folder`; `weights` are the files of `accepted`, in the same order. `measure` None: unmeasured."""
 
     job: Literal["stitch"] = "stitch"
     folder: Path
     weights: tuple[Path, ...]
     accepted: tuple[AcceptanceRecord, ...]
     router: Path | None
+    measure: MeasureMixture | None = None
 
 
 class PartsPrepared(_Line):

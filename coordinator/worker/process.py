@@ -54,6 +54,7 @@ from lutetia.system.process import ParentChannel, give_way
 
 if TYPE_CHECKING:
     from lutetia.models.data.shards import ClipReader
+    from lutetia.models.mixing.description import MixtureRouting
 
 _MOST_HOLDOUTS = 16
 LEAN = ("checking", "auditing", "proving", "proving-parents")
@@ -229,12 +230,34 @@ class WorkerProcess:
 
     def stitch(self, job: StitchMixture) -> MixtureReady:
         """The parent signs the mixture's description, because no key enters this process."""
+        from lutetia.models.mixing.router import read_router
         from lutetia.models.mixing.stitch import stitch
 
+        router = read_router(self.manifest, job.router) if job.router else None
+        measured = self._measured(job, router) if job.measure else None
         digest = stitch(
-            job.folder, self.manifest, list(job.weights), job.router, list(job.accepted), self._signed_by_parent
+            job.folder, self.manifest, list(job.weights), router, list(job.accepted), self._signed_by_parent,
+            measured and measured[0],
         )  # fmt: skip
-        return MixtureReady(digest=digest)
+        return MixtureReady(digest=digest, losses=measured[1] if measured else (), routing=measured[0].text if measured else "")
+
+    def _measured(self, job: StitchMixture, router: Any) -> tuple[MixtureRouting, tuple[float, ...]]:
+        """How the mixture routes, and its held-out losses."""
+        from lutetia.models.mixing.description import MixtureRouting
+        from lutetia.models.mixing.routing.choice import choose_routing
+        from lutetia.models.mixing.routing.evidence import gather_evidence
+
+        assert job.measure
+        evidence = gather_evidence(
+            self.manifest, {given.shard: path for given, path in zip(job.accepted, job.weights, strict=True)}, router,
+            [self._holdout(path) for path in job.measure.holdout], draw=job.measure.draw, seconds=job.measure.seconds,
+            device=self.device, base=self._base, on_progress=self._progress, clock=self._clock,
+        )  # fmt: skip
+        choice = choose_routing(evidence, self.manifest.sampling.mode, job.measure.choose)
+        loss = sum(choice.losses) / len(choice.losses)
+        return MixtureRouting(
+            mode=choice.mode, temperature=choice.temperature, loss=loss, rows=len(choice.losses), text=choice.text
+        ), choice.losses
 
     def parts(self, job: PrepareParts) -> PartsPrepared:
         from lutetia.models.mixing.router import build_router

@@ -16,12 +16,14 @@ from typing import Any
 
 from lutetia.models.experts.adapters.lora_file import LORA_FILE, write_lora
 from lutetia.models.mixing.card import model_card
-from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, SignedMixture
+from lutetia.models.mixing.description import FILE, ExpertEntry, MixtureDocument, MixtureRouting, SignedMixture
 from lutetia.models.mixing.layout import CONFIG, DEFAULT_SCHEDULER, INDEX, PIPELINE, WEIGHTS
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.protocol.schema.records import AcceptanceRecord
 from lutetia.system.files import disk_errors, replace_folder, write_atomic
 
@@ -63,6 +65,7 @@ def assemble(
     weights: Mapping[int, Path],
     accepted: Mapping[int, AcceptanceRecord],
     router: Path | None = None,
+    routing: MixtureRouting | None = None,
 ) -> MixtureDocument:
     """Add weights and description to the parts in `build`.
 
@@ -72,6 +75,7 @@ def assemble(
         weights: a checked file for each shard that has an expert.
         accepted: the acceptances of these files, if there are any.
         router: the router's weights, unless they are in `build`.
+        routing: how experts are chosen, if that was measured; else as the manifest says.
     """
     known: dict[str, BlobRef] = {}
     for shard in range(len(manifest.shards)):
@@ -91,11 +95,15 @@ def assemble(
     (build / "transformer").rmdir()
     entries = [_entry(manifest, shard.index, weights, accepted) for shard in manifest.shards]
     contents = digest_of({name: ref.digest for name, ref in _hashed(build, known).items()})
+    sampling = manifest.sampling.model_copy(update={"mode": routing.mode}) if routing else manifest.sampling
+    template["mode"], template["temperature"] = sampling.mode, routing.temperature if routing else 1.0
+    if template["temperature"] == 1.0:
+        del template["temperature"]  # earlier versions do not know it
     template["experts"] = [entry.entry for entry in entries]
     template["digest"] = contents
     (build / "transformer").mkdir()
     (build / "transformer" / CONFIG).write_text(json.dumps(template, indent=2, sort_keys=True) + "\n")
-    _write_json(build / INDEX, _model_index(manifest, build, template["_diffusers_version"]))
+    _write_json(build / INDEX, _model_index(sampling, manifest.latent, build, template["_diffusers_version"]))
     write_atomic(build / "pipeline.py", PIPELINE)
     write_atomic(build / "README.md", model_card(manifest, entries).encode())
     return MixtureDocument(
@@ -104,7 +112,8 @@ def assemble(
         manifest=digest_of(manifest),
         manifest_version=manifest.version,
         latent=manifest.latent,
-        sampling=manifest.sampling,
+        sampling=sampling,
+        routing=routing,
         experts=tuple(entries),
         network=manifest.expert if manifest.adapter else None,
         files=_hashed(build, known),
@@ -135,18 +144,18 @@ def _entry(manifest: Manifest, shard: int, weights: Mapping[int, Path], accepted
     )
 
 
-def _model_index(manifest: Manifest, build: Path, diffusers: str) -> dict[str, Any]:
+def _model_index(spec: SamplingSpec, latent: LatentSpec, build: Path, diffusers: str) -> dict[str, Any]:
     folder = build / "vae" / CONFIG
     vae = str(json.loads(folder.read_text())["_class_name"]) if folder.exists() else None
     written = {"steps", "guidance", "mode", "scheduler", "embedded_guidance"}
-    sampling = manifest.sampling.model_dump(mode="json", include=written)
+    sampling = spec.model_dump(mode="json", include=written)
     return {
         "_class_name": ["pipeline", "LutetiaPipeline"],
         "_diffusers_version": diffusers,
         "transformer": ["lutetia.models.mixture", "MixtureTransformer"],
-        "scheduler": ["diffusers", manifest.sampling.scheduler.class_name if manifest.sampling.scheduler else DEFAULT_SCHEDULER],
+        "scheduler": ["diffusers", spec.scheduler.class_name if spec.scheduler else DEFAULT_SCHEDULER],
         "vae": ["diffusers", vae] if vae else [None, None],
-        "latent": manifest.latent.model_dump(mode="json"),
+        "latent": latent.model_dump(mode="json"),
         "sampling": sampling,
     }
 

@@ -11,7 +11,20 @@ from pydantic import Field, ValidationError, model_validator
 from lutetia.models.mixing.layout import EXPERT_FOLDER, INDEX, known_files, read_index
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.fields import MOST_SHARDS, Count, Digest, EpochCount, Name, Share, Signature, Tally, added
+from lutetia.protocol.schema.fields import (
+    MOST_SHARDS,
+    Count,
+    Digest,
+    EpochCount,
+    MeasuredLoss,
+    Name,
+    Positive,
+    Sentence,
+    Share,
+    Signature,
+    Tally,
+    added,
+)
 from lutetia.protocol.schema.identity import verify
 from lutetia.protocol.schema.manifest import first_problem
 from lutetia.protocol.schema.model.blob_ref import BlobRef
@@ -53,6 +66,16 @@ class ExpertEntry(ExpertKind):
     checkpoint: Digest | None = Field(default=None, description="digest of the accepted checkpoint; null without one")
 
 
+class MixtureRouting(WireDocument):
+    """How the mixture chooses experts, as measured on held-out clips when it was stitched. `sampling.mode` has the mode, too."""
+
+    mode: Literal["top1", "top2", "full", "sticky"] = Field(description="the mode, as `sampling.mode`")
+    temperature: Positive = Field(description="by which the router's logits are divided")
+    loss: MeasuredLoss = Field(description="mean held-out loss of the mixture's velocity in that way")
+    rows: Count = Field(description="held-out rows that it was measured on")
+    text: Sentence = Field(description="why this way, in words")
+
+
 class MixtureDocument(WireDocument):
     """A mixture's contents and origin."""
 
@@ -65,6 +88,7 @@ class MixtureDocument(WireDocument):
     sampling: SamplingSpec = Field(description="how the run samples clips")
     experts: tuple[ExpertEntry, ...] = Field(max_length=MOST_SHARDS, description="one entry per shard, in the shards' order")
     network: ExpertSpec | None = added(None, "where experts are adapters: their network, its adapter and the base; else null")
+    routing: MixtureRouting | None = added(None, "how experts are chosen and why; null: not measured, then `sampling.mode` alone")
     files: dict[Annotated[str, Field(max_length=256)], BlobRef] = Field(
         max_length=65536, description="digest and size in bytes of all other files of the folder, by relative path"
     )

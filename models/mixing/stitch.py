@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from lutetia.models.data.encode.latents import demo_autoencoder
 from lutetia.models.experts.families import build_meta, family_of
 from lutetia.models.mixing.assembly import assemble, expert_folder, write_mixture
-from lutetia.models.mixing.description import ExpertKind, MixtureDocument
+from lutetia.models.mixing.description import ExpertKind, MixtureDocument, MixtureRouting
 from lutetia.models.mixing.layout import CONFIG, is_known
 from lutetia.models.mixing.router import VideoRouter, read_router
 from lutetia.models.mixture import MixtureTransformer
@@ -47,6 +47,7 @@ def stitch(
     router: Path | VideoRouter | None,
     accepted: Sequence[AcceptanceRecord] = (),
     sign: Callable[[bytes], str] | None = None,
+    routing: MixtureRouting | None = None,
 ) -> str:
     """Write a mixture, whole or not at all. Returns the digest of its description.
 
@@ -59,6 +60,7 @@ def stitch(
         router: a model, a file of `write_router`, or None for a run of one shard.
         accepted: the acceptances of the checkpoints. A shard without one is left out and never routed to.
         sign: signs the description; None leaves it unsigned.
+        routing: how experts are chosen, if that was measured; else as the manifest says.
 
     Raises:
         CheckpointMisfit: weights do not fit their shard's expert.
@@ -73,7 +75,7 @@ def stitch(
     if router is None and len(manifest.shards) > 1:
         raise ConfigError(f"a mixture of {len(manifest.shards)} shards needs a router; train it first")
     files, given, network = dict(zip(shards, weights, strict=True)), {a.shard: a for a in accepted}, router
-    return write_mixture(folder, lambda build: _fill(build, manifest, files, network, given), sign)
+    return write_mixture(folder, lambda build: _fill(build, manifest, files, network, given, routing), sign)
 
 
 def _fill(
@@ -82,13 +84,14 @@ def _fill(
     weights: Mapping[int, Path],
     router: VideoRouter | None,
     accepted: Mapping[int, AcceptanceRecord],
+    routing: MixtureRouting | None,
 ) -> MixtureDocument:
     for shard, path in weights.items():
         check_weights(path, manifest.expert_of(shard), None)
     write_parts(build, manifest, list(weights), router)
     if router is not None:
         router.save_pretrained(build / "router")
-    return assemble(build, manifest, weights, accepted)
+    return assemble(build, manifest, weights, accepted, routing=routing)
 
 
 def write_parts(build: Path, manifest: Manifest, shards: Sequence[int], router: VideoRouter | None) -> None:

@@ -22,6 +22,7 @@ from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
 from lutetia.coordinator.worker.messages import (
+    MeasureMixture,
     MeasureSizes,
     ReadTrace,
     ReplayEpoch,
@@ -187,11 +188,18 @@ async def test_router_mixture_and_gallery_are_made_and_signed(site: Site, tmp_pa
         return coordinator.sign(message)
 
     folder = tmp_path / "mixture"
-    job = StitchMixture(folder=folder, weights=(site.weights(0), site.weights(1)), accepted=accepted, router=router)
+    measure = MeasureMixture(holdout=holdouts, draw="secret", seconds=60.0, choose=True)
+    job = StitchMixture(
+        folder=folder, weights=(site.weights(0), site.weights(1)), accepted=accepted, router=router, measure=measure
+    )
     answer = await site.worker.ask(job, limit=LIMIT, sign=sign)
     assert len(asked) == 1
     assert read_mixture(folder).mixture.digest == answer.digest
     assert verify_mixture(folder, site.manifest.coordinators).digest == answer.digest
+    routing = read_mixture(folder).mixture.routing
+    assert routing
+    assert (routing.text, routing.rows) == (answer.routing, len(answer.losses))
+    assert routing.loss == pytest.approx(sum(answer.losses) / len(answer.losses))
     real = tmp_path / "galleries" / "real"
     job = SampleGallery(mixture=folder, out=tmp_path / "gallery", train=trains, real=real)
     await site.worker.ask(job, limit=LIMIT)
@@ -200,9 +208,10 @@ async def test_router_mixture_and_gallery_are_made_and_signed(site: Site, tmp_pa
     assert [(clip["prompt"], (tmp_path / "gallery" / clip["file"]).read_bytes()[:4]) for clip in written["clips"]] == [
         (prompt, b"GIF8") for prompt in site.manifest.sampling.prompts
     ]
-    for clip in written["clips"]:  # top1: one expert draws each step
+    for clip in written["clips"]:  # by the way of routing that was chosen
         assert len(clip["experts"]) == site.manifest.sampling.steps
-        assert all(len(step) == 1 and step[0][0] in (0, 1) and step[0][1] == 1 for step in clip["experts"])
+        assert all({expert for expert, _ in step} <= {0, 1} for step in clip["experts"])
+        assert all(sum(weight for _, weight in step) == pytest.approx(1, abs=0.01) for step in clip["experts"])
     beside = json.loads((real / "gallery.json").read_text())["clips"]
     assert [clip["same"] for clip in beside] == [clip["caption"] == clip["prompt"] for clip in beside]
     assert {clip["caption"] for clip in beside} <= set(WORDS[:2])
