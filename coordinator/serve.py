@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lutetia.coordinator.admin.base import settle_base
 from lutetia.coordinator.admin.rotate import renew_mixture_signature, settle_rotation
-from lutetia.coordinator.admin.upgrade import check_version, published
+from lutetia.coordinator.admin.upgrade import check_version, published_since
 from lutetia.coordinator.holdouts import withdraw_holdouts
 from lutetia.coordinator.ledger.signed_head import check_head
 from lutetia.coordinator.lending.prepare import check_lending, prepare_lending
@@ -126,7 +126,8 @@ async def serve_run(
             check_head(folder.head, ledger, signed.manifest)
         newer, live = check_version(folder, signed.manifest, ledger.state), LiveManifest(signed)
         if newer:
-            ledger.append([published(signed.manifest, identity.public_key, time.time())])
+            known = ledger.state.manifest_version
+            ledger.append(published_since(folder, signed.manifest, known, identity.public_key, time.time()))
         renew_mixture_signature(folder, ledger.state, identity)
         if settings.lend_checks:
             check_lending(folder, settings)

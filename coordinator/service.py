@@ -29,6 +29,7 @@ from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.mixtures.archive import MixtureArchive
 from lutetia.coordinator.mixtures.stitcher import Measuring, Stitcher
+from lutetia.coordinator.owner.service import OwnerService
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.announcer import Announcer
@@ -116,6 +117,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.software = software_version()
+        self._orders = self.manifest.orders
         self.manifest_notifier = ManifestNotifier(self.transport, self.live)
         self.manifest_watch = ManifestWatch(self.folder, self.live, self.identity, self._adopt_manifest)
         self.blobs = BlobStore(self.folder.blobs)
@@ -238,8 +240,9 @@ class Service:
         await serve_document(self.transport, MIXTURE, self._mixture)
         await serve_named_document(self.transport, MIXTURE_BY_DIGEST, lambda name: self.archive.find(name) or b"")
         lent = self.lender.lent_store if self.lender else lambda peer_id, digest: None
-        await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload, lent).answer)
+        await self.transport.serve(BLOB, BlobServer(self.blobs, self.upload, lent, self._bans).answer)
         await self.offer_service.serve()
+        await OwnerService(self.transport, self.live, self.manifest_watch, self._most_epochs).serve()
         await self.audit_service.serve()
         if self.lender:
             await self.lender.serve()
@@ -287,9 +290,12 @@ class Service:
     async def _adopt_manifest(self) -> None:
         """The run's folder has a newer version of the manifest: apply it to every part and notify the peers."""
         manifest = self.manifest
-        await self.judge_loop.append(published(manifest, self.identity.public_key, self.transport.now()))
+        before, self._orders = self._orders, manifest.orders
+        await self.judge_loop.append(published(manifest, self.identity.public_key, self.transport.now(), before))
         self.judge_loop.rules = self._rules()
         self.check_runner.manifest = self.swarm_monitor.manifest = self.stitcher.manifest = manifest
+        if before.paused and not manifest.orders.paused:
+            self.swarm_monitor.forget_claims()
         if self.lender:
             await prepare_lending(self.folder, manifest, self.settings)  # the parts of a mixture depend on it
         for worker in self.workers:
@@ -302,6 +308,12 @@ class Service:
         """Whether a place among the inbound streams is kept for this peer."""
         owner = public_key_of(peer_id)
         return owner is not None and self.judge_loop.state.run.has_accepted_work(owner)
+
+    def _most_epochs(self) -> int:
+        return max(self.judge_loop.state.run.accepted_epochs, default=0)
+
+    def _bans(self, peer_id: str) -> bool:
+        return self.manifest.orders.bans(peer_id)
 
     def _accepted(self) -> list[AcceptanceRecord]:
         return [shard.acceptance for shard in self.judge_loop.state.run.shards.values() if shard.acceptance]

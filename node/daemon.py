@@ -180,7 +180,8 @@ class NodeDaemon:
         assert self.manifest_updates
         assert self.shell
         transport.favour(self.shell.network.has_accepted_work)
-        await serve_blobs(transport, store, self.settings.upload_rate)
+        orders = self.manifest_updates.live
+        await serve_blobs(transport, store, self.settings.upload_rate, lambda peer_id: orders().orders.bans(peer_id))
         await self.manifest_updates.serve(transport)
         await AcceptedService(transport, self.manifest_updates.live).serve()
 

@@ -42,6 +42,7 @@ class _Rules:
         self.manifest = manifest
         self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._run, self._shards = manifest.run_id, len(manifest.shards)
+        self._banned = frozenset(ban.peer for ban in manifest.orders.banned)
         self._allowed = None if manifest.allowlist is None else {*manifest.allowlist, *manifest.coordinators}
 
     def check(self, record: Record) -> None:
@@ -50,6 +51,8 @@ class _Rules:
             raise RecordRefused(f"record is of run {record.run[:12]}, not of {self._run[:12]}")
         if self._allowed is not None and record.owner not in self._allowed:
             raise RecordRefused(f"owner {record.owner[:16]}… is not on the run's allowlist")
+        if record.owner in self._banned:
+            raise RecordRefused(self.manifest.orders.refusal_of(record.owner))
         if (_declared(record, "shard") or 0) >= self._shards:
             raise RecordRefused(f"record names a shard that does not exist: the run has {self._shards}")
         _check_addresses(record)

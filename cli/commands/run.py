@@ -1,4 +1,4 @@
-"""`lutetia run create|show|why|upgrade|rotate`: what a run's owner does."""
+"""`lutetia run create|show|why|upgrade|rotate` and the owner's orders: what a run's owner does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from lutetia.cli.arguments import RunFolder, documented_by, given, is_ticket, read_config, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
+from lutetia.cli.owner import actions, runs
 from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from lutetia.protocol.schema.status import SwarmStatus
 
 app = typer.Typer(help="Create a run, show its manifest, or change it while it is served.", no_args_is_help=True)
+actions.register(app)
+runs.register(app)
 
 
 @app.command("create", cls=documented_by("lutetia.coordinator.settings:RunSettings", address="addresses"))
@@ -92,6 +95,8 @@ def upgrade(
 ) -> None:
     """Sign a new version of the manifest. The coordinator and all peers adopt it while they run.
 
+    From another machine give the ticket in place of the folder, and --owner-key.
+
     What may change: samples_per_shard, holdout_tolerance, raw_tolerance, sampling.*, timing.*, audit.*, hardware.*, card.*,
     allowlist, coordinators, needs, valid_days.
     """
@@ -99,9 +104,12 @@ def upgrade(
     from lutetia.coordinator.run_folder import RunFolder as Folder
 
     wanted = {**flattened(read_config(config)), **dict(assignment(text) for text in changes or ())}
-    done = upgrade_run(Folder(run), wanted, owner_key)
-    document = {"run": done.new.run_id, "version": done.new.version, "changed": sorted(wanted), "epochs": done.new.epochs}
-    emit(document, as_json, lambda: f"Version {done.new.version} of run {done.new.name} is signed: {', '.join(sorted(wanted))}.")
+    if actions.is_remote(str(run)):
+        new = actions.send_upgrade(str(run), wanted, owner_key)
+    else:
+        new = upgrade_run(Folder(run), wanted, owner_key).new
+    document = {"run": new.run_id, "version": new.version, "changed": sorted(wanted), "epochs": new.epochs}
+    emit(document, as_json, lambda: f"Version {new.version} of run {new.name} is signed: {', '.join(sorted(wanted))}.")
 
 
 @app.command("rotate")

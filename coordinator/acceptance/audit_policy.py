@@ -220,7 +220,8 @@ def lend_audit(transition: JudgeTransition, wanted: AuditWanted) -> None:
     A peer that asks again has lost its audit, or shows that it still works on it: it gets the same.
     """
     rules, allowed = transition.rules, transition.rules.manifest.allowlist
-    if wanted.owner in transition.run.quarantined or (allowed is not None and wanted.owner not in allowed):
+    banned = rules.manifest.orders.ban_of(wanted.owner) is not None
+    if banned or wanted.owner in transition.run.quarantined or (allowed is not None and wanted.owner not in allowed):
         transition.actions.append(LendAudit(None, retry_after=_LONGEST_DELAY))
         return
     transition.set(asked=transition.now)

@@ -1,7 +1,7 @@
 """The acceptance checks: what a result must pass to become the next epoch of its shard, cheapest first.
 
     signature   the record is signed by its owner, who may take part, and names the owner's own peer id
-    quarantine  its author is not quarantined
+    quarantine  its author is neither quarantined nor banned
     lineage     it is epoch+1 on the accepted parent: this fencing makes it safe to lose a claim
     size        no blob is larger than the manifest's weights can be; known before a byte is fetched
     transfer    every blob arrives and hashes to its name
@@ -124,6 +124,9 @@ def check_signature(offered: RecordUnderCheck) -> Verdict | None:
 
 
 def check_quarantine(offered: RecordUnderCheck) -> Verdict | None:
+    """Neither is its author quarantined, nor has the owner banned it."""
+    if banned := offered.manifest.orders.refusal_of(offered.record.owner):
+        return Verdict("invalid", "quarantine", banned)
     why = offered.run.quarantined.get(offered.record.owner)
     if why is None:
         return None

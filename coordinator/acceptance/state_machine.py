@@ -35,6 +35,7 @@ from lutetia.coordinator.acceptance.intake.fetch_queue import (
     patience,
 )
 from lutetia.coordinator.acceptance.intake.newcomer_holds import hold
+from lutetia.coordinator.acceptance.intake.owner_orders import dismiss_banned, is_paused, paused_reply
 from lutetia.coordinator.acceptance.intake.rate_limits import end_loans, forget_offers, forget_origins, over_rate
 from lutetia.coordinator.acceptance.messages import (
     Action,
@@ -116,12 +117,14 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
                 note_fact(transition, event)
         case _:
             assert_never(stimulus)
+    dismiss_banned(transition)
     forget_gone(transition)
-    transition.finish_proofs()
-    transition.release_held()
-    transition.start_checks()
-    transition.start_fetches()
-    start_proofs(transition)
+    if not is_paused(rules):
+        transition.finish_proofs()
+        transition.release_held()
+        transition.start_checks()
+        transition.start_fetches()
+        start_proofs(transition)
     start_audit(transition)
     return transition.state, tuple(transition.actions)
 
@@ -144,6 +147,8 @@ class _ResultTransition(JudgeTransition):
         reply = earlier_reply(self.run, shard, record)
         if reply and not self._is_tried_again(shard, offer, reply):
             return reply
+        if paused := paused_reply(self.rules):
+            return paused
         if record.epoch > shard.epoch + 1:
             text = f"epoch {record.epoch - 1} of shard {record.shard} is not accepted yet"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
@@ -279,7 +284,7 @@ class _ResultTransition(JudgeTransition):
     def _accept_or_hold(self, record: CheckpointRecord, verdict: Verdict) -> None:
         if audits_lag(self.run, record.shard, record.epoch):
             return  # a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
-        if self._is_held(self.run.shards[record.shard].candidates[record.owner]):
+        if is_paused(self.rules) or self._is_held(self.run.shards[record.shard].candidates[record.owner]):
             self.set(held={**self.state.held, key_of(record): verdict})
         else:
             self._accept_checked(record, verdict)

@@ -14,9 +14,10 @@ from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.canonical import digest_of
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
-from lutetia.system.errors import ConfigError
+from lutetia.protocol.schema.owner.orders import OwnerOrders, given_orders
+from lutetia.system.errors import ConfigError, LutetiaError
 from lutetia.system.files import write_atomic
 
 
@@ -49,18 +50,54 @@ def upgrade_run(folder: RunFolder, changes: Mapping[str, Any], owner_key: Path |
 
 
 def publish_version(folder: RunFolder, old: SignedManifest, new: Manifest, owner: Identity) -> None:
-    """Sign `new`, replace `old` with it and keep `old` as an earlier version. Raises AuthorisationError for another key."""
+    """Sign `new`, replace `old` with it and keep `old` as an earlier version.
+
+    Raises AuthorisationError for another key, ConfigError when it is larger than peers read.
+    """
+    put_version(folder, old, sign_version(new, owner))
+
+
+def sign_version(new: Manifest, owner: Identity) -> SignedManifest:
+    """Raises AuthorisationError for another key than the owner's, ConfigError when it is larger than peers read."""
     signed = SignedManifest.sign(new, owner)
+    if (size := len(signed.to_bytes())) > MAX_MANIFEST_BYTES:
+        raise ConfigError(f"the manifest would have {size} bytes, and peers read {MAX_MANIFEST_BYTES}; shorten its lists")
+    return signed
+
+
+def put_version(folder: RunFolder, old: SignedManifest, new: SignedManifest) -> None:
+    """Replace `old` in the folder with `new`, and keep `old` as an earlier version. Blocks on the disk."""
     write_atomic(folder.version(old.manifest.version), old.to_bytes())
-    write_atomic(folder.manifest, signed.to_bytes())
+    write_atomic(folder.manifest, new.to_bytes())
 
 
-def published(manifest: Manifest, coordinator: str, now: float) -> ManifestPublished:
-    """The event for a version that is served from now on."""
+def published(manifest: Manifest, coordinator: str, now: float, before: OwnerOrders | None = None) -> ManifestPublished:
+    """The event for a version that is served from now on. `before`: the owner's orders until then; None: none."""
     return ManifestPublished(
         time=now, version=manifest.version, digest=digest_of(manifest), expires=manifest.expires, epochs=manifest.epochs,
-        coordinator=coordinator,
+        coordinator=coordinator, orders=given_orders(before or OwnerOrders(), manifest.orders),
     )  # fmt: skip
+
+
+def published_since(folder: RunFolder, manifest: Manifest, known: int, coordinator: str, now: float) -> list[ManifestPublished]:
+    """The events for all versions after `known`, which the owner signed while the run was not served.
+
+    A version whose file is gone is left out; what it ordered is told with the next.
+    """
+    events, before = [], _version(folder, known)
+    for number in range(known + 1, manifest.version + 1):
+        version = manifest if number == manifest.version else _version(folder, number)
+        if version:
+            events.append(published(version, coordinator, now, before.orders if before else None))
+            before = version
+    return events
+
+
+def _version(folder: RunFolder, number: int) -> Manifest | None:
+    try:
+        return open_manifest(folder.version(number).read_bytes(), now=0.0).manifest
+    except (OSError, LutetiaError):
+        return None
 
 
 def check_version(folder: RunFolder, manifest: Manifest, state: RunState) -> bool:

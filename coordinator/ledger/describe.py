@@ -42,6 +42,7 @@ from lutetia.coordinator.ledger.events import (
 from lutetia.coordinator.ledger.log import Ledger
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
+from lutetia.protocol.schema.owner.orders import GivenOrder, because
 
 
 def sentence(event: Event) -> str:
@@ -50,7 +51,8 @@ def sentence(event: Event) -> str:
         case RunCreated():
             return f"run {event.name} ({event.run[:12]}) created: {event.shards} shards of {event.epochs} epochs"
         case ManifestPublished():
-            return f"manifest version {event.version} published"
+            given = "; ".join(map(_order, event.orders))
+            return f"manifest version {event.version} published{f': {given}' if given else ''}"
         case CoordinatorStarted():
             return f"coordinator started ({event.software})"
         case CoordinatorStopped():
@@ -100,6 +102,15 @@ def sentence(event: Event) -> str:
             return "run finished: every budget is done and the final mixture is stitched"
         case _:
             return f"shard {event.shard} epoch {event.epoch}: {event.checkpoint[:12]} of {event.owner[:8]} {_verdict(event)}"
+
+
+def _order(given: GivenOrder) -> str:
+    peer = f" peer {given.peer[:8]}" if given.peer else " the run"
+    word = {
+        "pause": "paused", "resume": "resumed", "ban": "banned", "unban": "lifted the ban of", "hide-name": "hid the name of",
+        "show-name": "showed the name again of",
+    }.get(given.order, f"ordered {given.order} of")  # fmt: skip
+    return f"the owner {word}{peer}{because(given.text)}"
 
 
 def _verdict(

@@ -30,6 +30,7 @@ from lutetia.protocol.schema.fields import (
     Tally,
 )
 from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.protocol.schema.owner.orders import GivenOrder
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.protocol.schema.verdicts import CheckName
 
@@ -81,6 +82,7 @@ class ManifestPublished(_Event):
     expires: Moment = Field(description="When its signature expires: Unix seconds.")
     epochs: EpochNumber | None = Field(default=None, description="Budget of each shard in epochs; null: unchanged.")
     coordinator: PublicKey | None = Field(default=None, description="The coordinator that serves it; null: unchanged.")
+    orders: tuple[GivenOrder, ...] = Field(default=(), max_length=4096, description="What the owner orders with it.")
 
 
 class CoordinatorStarted(_Event):

@@ -178,7 +178,9 @@ def _published(state: RunState, event: ManifestPublished) -> Changes:
     """A raised budget reopens a finished run. Refusals were made under the older rules, so they no longer answer an offer."""
     epochs = event.epochs or state.epochs
     budgets = state.budgets if epochs == state.epochs else (epochs, *state.budgets)[:BUDGETS]
+    resumed = any(order.order == "resume" for order in event.orders)
     return {
+        "resumed": event.time if resumed else state.resumed,
         "budgets": budgets, "manifest_version": event.version, "manifest": event.digest, "epochs": epochs,
         "coordinator": event.coordinator or state.coordinator, "finished": state.finished and epochs <= state.epochs,
         "shards": _without_refusals(state.shards) if event.version > state.manifest_version else state.shards,
@@ -280,7 +282,7 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     )  # fmt: skip
     peer = state.peer(given.author)
     interval = peer.interval if peer.shard == given.shard else None
-    if peer.shard == given.shard and peer.last_accepted is not None:
+    if peer.shard == given.shard and peer.last_accepted is not None and peer.last_accepted >= state.resumed:
         latest = max(0.0, event.time - peer.last_accepted)
         interval = latest if interval is None else (interval + latest) / 2
     peer = peer.updated(

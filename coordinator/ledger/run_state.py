@@ -266,6 +266,7 @@ class Changes(TypedDict, total=False):
     budgets: tuple[int, ...]
     manifest_version: int
     manifest: str
+    resumed: float
     shards: PersistentMap[int, ShardLedger]
     peers: PersistentMap[str, PeerLedger]
     credit: PersistentMap[str, PeerCredit]
@@ -302,6 +303,8 @@ class RunState:
     manifest_version: int = 0
     manifest: str = ""
     """Digest of the newest manifest."""
+    resumed: float = 0.0
+    """When the owner last ended a pause: Unix seconds."""
     shards: PersistentMap[int, ShardLedger] = field(default_factory=PersistentMap)
     """By index."""
     peers: PersistentMap[str, PeerLedger] = field(default_factory=PersistentMap)

@@ -46,6 +46,12 @@ class ShardFacts:
     lent: str = ""
 
 
+def is_quiet(manifest: Manifest, now: float) -> bool:
+    """Whether no shard counts as stalled: the run is paused, or was resumed less than a lease ago."""
+    orders = manifest.orders
+    return orders.paused is not None or (orders.resumed is not None and 0 <= now - orders.resumed < manifest.timing.lease)
+
+
 def shard_stall(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
     """What holds the shard up; None while it goes on, or once its budget is done."""
     shard = state.shards[index]

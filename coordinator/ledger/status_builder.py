@@ -18,6 +18,7 @@ from lutetia.coordinator.ledger.stalls import (
     audit_stalls,
     dropped_snapshot,
     explained,
+    is_quiet,
     node_stall,
     shard_stall,
     suspected_lineages,
@@ -27,9 +28,11 @@ from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
 from lutetia.protocol.schema.status import (
+    BanStatus,
     CheckStatus,
     HeldMixtureStatus,
     NodeStatus,
+    PauseStatus,
     QuarantineStatus,
     RefusalStatus,
     RouterStatus,
@@ -43,7 +46,7 @@ from lutetia.protocol.stalled_claims import Seen, current_holder
 
 Health = Literal["working", "starting", "standby", "paused", "overdue", "quarantined"]
 R = TypeVar("R", NodeRecord, ClaimRecord)
-QUARANTINED_SHOWN = 64
+QUARANTINED_SHOWN, BANNED_SHOWN = 64, 64
 NODES_SHOWN = 960
 """So many nodes fit into a status document beside as many shards as a run may have."""
 
@@ -96,16 +99,23 @@ def _tenure(manifest: Manifest) -> float:
 def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, software: str = "") -> SwarmStatus:
     """The document at `now` (Unix seconds)."""
     claims: dict[int, list[Sighting[ClaimRecord]]] = defaultdict(list)
+    banned = {ban.peer for ban in manifest.orders.banned}
+    barred = state.quarantined.keys() | banned
     for claim in live.claims:
-        if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in state.quarantined:
+        if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in barred:
             claims[claim.record.shard].append(claim)
     held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
     holders = {claim.record.owner: claim for claim in held.values() if claim}
-    online = [node for node in live.nodes if node.expires > now and node.record.state != "left"]
+    online = [
+        node for node in live.nodes if node.expires > now and node.record.state != "left" and node.record.owner not in banned
+    ]
     nodes = shown_nodes(state, online, holders)
     shards = tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards)))
     shown = tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes)
     stalled = _stalled_shards(state, manifest, shards, live, sum(node.health == "standby" for node in shown), now)
+    orders = manifest.orders
+    if is_quiet(manifest, now):
+        stalled = []
     overdue = {node.record.owner: _overdue_since(state, manifest, holders.get(node.record.owner)) for node in nodes}
     stalled_nodes = [
         stall for node in shown if (stall := node_stall(state, node.owner, node.health, node.shard, overdue[node.owner]))
@@ -129,6 +139,8 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         events=state.events,
         refusals=tuple(RefusalStatus(**refusal.model_dump(exclude={"kind", "again_at", "costs"})) for refusal in state.refusals),
         finished=state.finished,
+        paused=PauseStatus(since=orders.paused.since, text=orders.paused.text) if orders.paused else None,
+        banned=tuple(BanStatus(owner=ban.peer, since=ban.since, text=ban.text) for ban in orders.banned[-BANNED_SHOWN:]),
         checks=tuple(
             CheckStatus(check=check, outcome=outcome, count=spent.count, seconds=spent.seconds, size=spent.size)
             for (check, outcome), spent in sorted(
@@ -184,9 +196,10 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
     """Unix seconds: (until when the claimant's last acceptance covers it, until when its claim alone does)."""
     shard = claim.record.shard
     peer = state.peer(claim.record.owner)
-    allowed = allowance(peer, shard, manifest)
-    covered = peer.last_accepted + allowed if peer.shard == shard and peer.last_accepted is not None else None
-    return covered, claim.since + allowed
+    allowed, resumed = allowance(peer, shard, manifest), manifest.orders.resumed or 0.0
+    last = peer.last_accepted if peer.shard == shard else None
+    covered = None if last is None else max(last, resumed) + allowed
+    return covered, max(claim.since, resumed) + allowed
 
 
 def _shard_status(
@@ -194,7 +207,7 @@ def _shard_status(
 ) -> ShardStatus:
     shard = state.shards[index]
     covered, patience = _due(state, manifest, claim) if claim else (None, None)
-    due = max((moment for moment in (covered, patience) if moment is not None), default=None)
+    due = None if manifest.orders.paused else max((when for when in (covered, patience) if when is not None), default=None)
     done = shard.epoch >= state.epochs
     return ShardStatus(
         shard=index,
@@ -276,7 +289,7 @@ def _node_status(
         relayed=link == "relayed",
         link=link,
         software=record.software,
-        name=record.name,
+        name="" if record.owner in manifest.orders.hidden_names else record.name,
     )
 
 
@@ -288,7 +301,7 @@ def link_of(address: str | None) -> Literal["direct", "relayed"] | None:
 def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sighting[ClaimRecord] | None, now: float) -> Health:
     if record.owner in state.quarantined:
         return "quarantined"
-    if record.state == "paused":
+    if record.state == "paused" or (claim and manifest.orders.paused):
         return "paused"
     if claim is None or state.shards[claim.record.shard].epoch >= state.epochs:
         return "starting" if record.state in ("joining", "probing") else "standby"

@@ -160,6 +160,8 @@ class CheckLender:
 
     def _barred(self, owner: str) -> str:
         run, allowed = self.run(), self.manifest().allowlist
+        if banned := self.manifest().orders.refusal_of(owner):
+            return banned
         if self.checkers and owner not in self.checkers:
             return "the run's owner has named others to check"
         if owner in run.quarantined or (allowed is not None and owner not in allowed):

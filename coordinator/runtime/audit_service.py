@@ -17,6 +17,7 @@ from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.coordinator.worker.client import WorkerFailed, WorkerRefused
 from lutetia.protocol.blobs.store import BlobMissing
 from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditJob, AuditReport, AuditRequest, serve_audits
+from lutetia.protocol.schema.identity import public_key_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import NodeRecord, RecordRefused, TrainedWith
 from lutetia.protocol.transport.base import Stream, Transport
@@ -45,6 +46,9 @@ class AuditService:
         await serve_audits(self.transport, self._answer, self._admit, self.manifest.steps_per_epoch)
 
     def _admit(self, stream: Stream) -> AuditAnswer | None:
+        orders = self.manifest.orders
+        if orders.bans(stream.peer_id):
+            return AuditAnswer(retry_after=3600.0, text=orders.refusal_of(public_key_of(stream.peer_id) or ""))
         if wait := self.pace.wait(stream.origin, self.transport.now()):
             return AuditAnswer(retry_after=wait, text="too many requests for audits from this address")
         return None

@@ -7,11 +7,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from lutetia.coordinator.admin.upgrade import put_version
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.rpc.manifest_sync import LiveManifest, announce_version
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+from lutetia.protocol.schema.manifest_upgrade import check_upgrade
 from lutetia.protocol.schema.records import NodeRecord
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import AuthorisationError, LutetiaError
@@ -29,6 +31,7 @@ class ManifestWatch:
     def __init__(self, folder: RunFolder, live: LiveManifest, identity: Identity, apply: Callable[[], Awaitable[None]]) -> None:
         self._folder, self._live, self._identity, self._apply = folder, live, identity, apply
         self._seen: tuple[int, int] | None = None
+        self._adopting = asyncio.Lock()
 
     def _mark(self) -> tuple[int, int]:
         status = self._folder.manifest.stat()
@@ -38,17 +41,31 @@ class ManifestWatch:
         """Watch until cancelled. Raises AuthorisationError when a newer version no longer names this coordinator."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            try:
-                if (mark := self._mark()) == self._seen:
-                    continue
-                self._seen = mark
-                newer = self._live.adopt(self._folder.manifest.read_bytes(), time.time())
-            except (OSError, LutetiaError) as error:
-                _log.error("the manifest in %s is not adopted: %s", self._folder.root, error)
-                continue
-            if newer:
-                _check_named(self._live(), self._identity)
-                await self._apply()
+            async with self._adopting:
+                await self._look()
+
+    async def _look(self) -> None:
+        try:
+            if (mark := self._mark()) == self._seen:
+                return
+            self._seen = mark
+            newer = self._live.adopt(self._folder.manifest.read_bytes(), time.time())
+        except (OSError, LutetiaError) as error:
+            _log.error("the manifest in %s is not adopted: %s", self._folder.root, error)
+            return
+        if newer:
+            _check_named(self._live(), self._identity)
+            await self._apply()
+
+    async def take(self, newer: SignedManifest, accepted_epochs: int = 0) -> None:
+        """Put the version that follows into the folder, and apply it at once. Raises LutetiaError; then nothing was changed."""
+        async with self._adopting:
+            old = self._live.signed
+            if self._identity.public_key not in newer.manifest.coordinators:
+                raise AuthorisationError("the version names no key of this coordinator; use `lutetia run rotate` on its machine")
+            check_upgrade(old.manifest, newer.manifest, accepted_epochs)
+            await asyncio.to_thread(put_version, self._folder, old, newer)
+            await self._look()
 
 
 def _check_named(manifest: Manifest, identity: Identity) -> None:

@@ -12,7 +12,7 @@ from lutetia.coordinator.acceptance.messages import Offered
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
 from lutetia.protocol.blobs.stream import BLOB
 from lutetia.protocol.rpc.checkpoint_offer import Offer, OfferReply, serve_offers
-from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.identity import peer_id_of, public_key_of
 from lutetia.protocol.schema.records import CheckpointRecord, RecordLimits, RecordRefused, open_record, read_envelope
 from lutetia.protocol.transport.base import Stream, Transport
 
@@ -65,6 +65,9 @@ class OfferService:
             await self.judge_loop.submit(Offered(record, self.transport.now(), "poll"))
 
     def _admit(self, stream: Stream) -> OfferReply | None:
+        orders = self.judge_loop.rules.manifest.orders
+        if orders.bans(stream.peer_id):
+            return OfferReply(verdict="invalid", check="quarantine", text=orders.refusal_of(public_key_of(stream.peer_id) or ""))
         shards = self.judge_loop.state.run.shards.values()
         undecided = {candidate.record.peer_id for shard in shards for candidate in shard.candidates.values()}
         return self.admission.refusal(stream.peer_id, stream.origin, undecided, self.transport.now())

@@ -101,6 +101,10 @@ class SwarmMonitor:
             view, copies=self.view.copies, histories=histories, free_since=free, connections=connections
         )  # fmt: skip
 
+    def forget_claims(self) -> None:
+        """The owner has ended a pause: no claim counts as idle for it."""
+        self.view = replace(self.view, histories={}, free_since={})
+
     async def look_at_checkpoints(self) -> None:
         """Call `found` with every result in the DHT."""
         run = self.manifest.run_id

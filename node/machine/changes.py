@@ -69,6 +69,7 @@ class WorkChanges(TypedDict, total=False):
     samples: int
     until: int
     drain_epoch: int | None
+    pause_epoch: int | None
     handover_epoch: int | None
     waiting: bool
     progress_at: float

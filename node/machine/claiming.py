@@ -11,6 +11,7 @@ from lutetia.node.machine.state import Stage
 from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import ShardView, free_shards, preferred_shard, rendezvous, slot_name
 from lutetia.protocol.schema.fields import MOST_SHARDS
+from lutetia.protocol.schema.owner.orders import because
 from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe_claims, without_stalled
 
 WAVE = 16
@@ -84,6 +85,10 @@ def _claimable_views(transition: NodeTransition) -> list[ShardView]:
 def _choose(transition: NodeTransition) -> None:
     """Start to claim the best free shard, or stand by."""
     state, rules, now = transition.state, transition.rules, transition.now
+    if rules.paused is not None:
+        transition.set(look_at=now + rules.lease, to_look=())
+        transition.explain(f"the run is paused by its owner{because(rules.paused)}; standing by until it goes on")
+        return
     views = _claimable_views(transition)
     held = state.disk_full_since is not None or min([view.held_until for view in views], default=now + 1) > now
     free = [] if held else free_shards(views, rules.epochs, now)

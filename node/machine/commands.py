@@ -6,6 +6,7 @@ from lutetia.node.machine.lease import release
 from lutetia.node.machine.messages import Claim, Leave, PublishClaim, RenewRecords, UserVerb
 from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
+from lutetia.protocol.schema.owner.orders import because
 
 
 def user_verb(transition: NodeTransition, event: UserVerb) -> None:
@@ -29,7 +30,25 @@ def user_verb(transition: NodeTransition, event: UserVerb) -> None:
         resume(transition)
 
 
+def follow_ban(transition: NodeTransition) -> None:
+    """Stop as soon as the owner bans this node: nothing that it does counts. Its work stays on disk until the ban is lifted."""
+    state = transition.state
+    if state.phase in ("joining", "probing", "left"):
+        return
+    if transition.rules.banned is not None and state.phase == "draining":
+        leave(transition, "the run's owner has banned this node; leaving")
+    elif transition.rules.banned is not None:
+        release(transition, save=True)
+        transition.set(target=None, drain_until=None)
+        transition.enter("paused", why_paused(transition))
+    elif state.phase == "paused" and state.wanted == "run" and state.closed_until is None:
+        resume(transition)
+
+
 def resume(transition: NodeTransition) -> None:
+    if transition.rules.banned is not None and transition.state.phase == "paused":
+        transition.explain(why_paused(transition))
+        return
     transition.set(drain_until=None)
     if transition.state.phase == "paused" or (transition.state.work and not transition.state.work.owned):
         transition.set(work=None, look_at=transition.now)
@@ -50,6 +69,8 @@ def hours_changed(transition: NodeTransition, closed_until: float | None) -> Non
 
 
 def why_paused(transition: NodeTransition) -> str:
+    if transition.rules.banned is not None:
+        return f"the run's owner has banned this node{because(transition.rules.banned)}"
     if transition.state.wanted != "pause":
         return "outside its hours"
     until = transition.state.pause_until

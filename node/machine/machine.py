@@ -12,7 +12,7 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 from __future__ import annotations
 
 from lutetia.node.machine.claiming import continue_claiming, look_at_due_shards, set_watched_shards, swarm_seen
-from lutetia.node.machine.commands import device_gone, drain, hours_changed, pause, resume, user_verb, why_paused
+from lutetia.node.machine.commands import device_gone, drain, follow_ban, hours_changed, pause, resume, user_verb, why_paused
 from lutetia.node.machine.lease import shard_synced, sync_failed
 from lutetia.node.machine.messages import (
     Action,
@@ -123,10 +123,11 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
             transition.warn(f"probing the hardware failed: {reason}; it is repeated")
         case DiskFull(text=text):
             transition.disk_full(text)
-        case ManifestChanged(version=version, training=training):
-            transition.info(f"version {version} of the manifest applies now")
+        case ManifestChanged():
+            transition.info(f"version {event.version} of the manifest applies now")
             transition.set(look_at=transition.now, renew_at=transition.now)
-            manifest_changed(transition, training)
+            manifest_changed(transition, event)
+            follow_ban(transition)
         case HoursChanged(closed_until=closed_until):
             hours_changed(transition, closed_until)
         case ShardsTaken(shards=shards):
@@ -188,7 +189,7 @@ def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     transition.set(look_at=transition.now)
     if transition.state.phase != "probing":
         return
-    if transition.state.wanted == "pause" or transition.state.closed_until is not None:
+    if transition.state.wanted == "pause" or transition.state.closed_until is not None or transition.rules.banned is not None:
         transition.enter("paused", why_paused(transition))
     else:
         transition.enter(

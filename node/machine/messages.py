@@ -173,6 +173,8 @@ class ManifestChanged:
     now: float
     version: int
     training: bool = False
+    resumed: bool = False
+    """The owner has ended a pause: nobody was late during it."""
 
 
 @dataclass(frozen=True, slots=True)

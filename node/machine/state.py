@@ -63,6 +63,10 @@ class NodeRules:
     unjudged_limit: int = 3
     """Inconclusive verdicts on one checkpoint after which the shard is released."""
     longest_backoff: float = 60.0
+    paused: str | None = None
+    """Why the run's owner has paused it (empty: no reason given); None: the run goes on."""
+    banned: str | None = None
+    """Why the run's owner has banned this node; None: it has not."""
     tenure: float = 600.0
     interval: int = 1
     """Samples per epoch."""
@@ -72,13 +76,15 @@ class NodeRules:
     @classmethod
     def of(cls, manifest: Manifest, owner: str) -> NodeRules:
         """Rules of a run for peer `owner`. Propagation delay: a twentieth of the heartbeat, at least 0.25 s, at most 2 s."""
-        heartbeat = manifest.timing.heartbeat
+        heartbeat, orders = manifest.timing.heartbeat, manifest.orders
+        ban = orders.ban_of(owner)
         waits: dict[str, int] = {"max_pending": 1, "max_ahead": 1} if manifest.team else {}  # the next epoch begins at the merge
         return cls(
             run=manifest.run_id, owner=owner, shards=len(manifest.shards), epochs=manifest.epochs,
             heartbeat=heartbeat, propagation=min(2.0, max(0.25, heartbeat / 20)),
             tenure=max(manifest.timing.tenure, manifest.timing.lease), interval=manifest.checkpoint_samples,
             team=manifest.team, **waits,
+            paused=orders.paused.text if orders.paused else None, banned=ban.text if ban else None,
         )  # fmt: skip
 
     @property
@@ -138,6 +144,8 @@ class ShardWork:
     until: int = 0
     drain_epoch: int | None = None
     """The epoch after which the trainer ends because the node drains."""
+    pause_epoch: int | None = None
+    """The epoch after which the trainer waits because the run is paused."""
     handover_epoch: int | None = None
     """The epoch after which a trainer under the previous manifest hands over to one under the new manifest."""
     waiting: bool = False
@@ -251,7 +259,7 @@ def wants_trainer(rules: NodeRules, state: MachineState, work: ShardWork) -> boo
     """Whether to start a trainer at `restart_at`. A draining node only replaces one that failed within its epoch."""
     if work.trainer == "on" or state.disk_full_since is not None or not work.may_train(rules):
         return False
-    return state.phase == "training" or (state.phase == "draining" and work.owned and work.cut_short)
+    return (state.phase == "training" and rules.paused is None) or (state.phase == "draining" and work.owned and work.cut_short)
 
 
 def next_wake(rules: NodeRules, state: MachineState) -> float | None:

@@ -8,6 +8,7 @@ from lutetia.node.machine.messages import (
     CheckpointReady,
     DiscardWork,
     Exit,
+    ManifestChanged,
     PublishCheckpoint,
     StartTrainer,
     StopTrainer,
@@ -18,9 +19,11 @@ from lutetia.node.machine.messages import (
 from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import slot_name
+from lutetia.protocol.schema.owner.orders import because
 
 _WAITS = "training waits until one is accepted"
 _GATHERED = "training goes on with the merged epoch"
+_PAUSED = "the run is paused by its owner"
 _HEALTHY = 600.0
 """Seconds. A trainer that ran longer than this resets the count of crashes."""
 
@@ -88,15 +91,19 @@ def _trainer_failed(transition: NodeTransition, reason: Exit, text: str) -> None
         transition.warn(f"the trainer failed ({text}); it restarts from its last local checkpoint in {wait:.1f} s")
 
 
-def manifest_changed(transition: NodeTransition, training: bool) -> None:
-    """A running trainer ends its epoch under the old manifest. If `training` changed, a new trainer takes the next epoch.
+def manifest_changed(transition: NodeTransition, event: ManifestChanged) -> None:
+    """A running trainer ends its epoch under the old manifest. If the training changed, a new trainer takes the next epoch.
 
     Refusals of earlier versions count no more, and no shard is avoided for them: the new rules may be the owner's remedy.
     """
     transition.set(rejections={}, avoided_until={})
     work = transition.state.work
-    if work and training and work.trainer == "on":
+    if work and event.training and work.trainer == "on":
         transition.set_work(handover_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
+    if event.resumed:  # what waited is offered at once, and no claim counts as idle for the pause
+        transition.set(claim_histories={}, looked_at={})
+        if work:
+            transition.set_work(offer_at=transition.now, pause_epoch=None)
     if work and transition.state.phase == "publishing" and work.may_train(transition.rules):
         transition.enter("training", f"the epoch budget was raised: training {slot_name(work.shard)} further")
 
@@ -107,6 +114,10 @@ def _until(transition: NodeTransition) -> int:
     most = work.epoch_limit(transition.rules)
     if work.handover_epoch is not None and work.trainer == "on":
         most = min(most, work.handover_epoch)
+    if transition.rules.paused is not None and work.trainer == "on":
+        if work.pause_epoch is None:
+            transition.set_work(pause_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
+        most = min(most, transition.work.pause_epoch or 0)
     if transition.state.phase != "draining":
         if work.drain_epoch is not None:  # finish was cancelled
             transition.set_work(drain_epoch=None)
@@ -173,8 +184,12 @@ def continue_work(transition: NodeTransition) -> None:
 
 def _explain_waiting(transition: NodeTransition) -> None:
     """Say why the trainer waits, in the node's status, and that it goes on."""
-    work = transition.work
+    work, paused = transition.work, transition.rules.paused
     if transition.state.phase != "training" or work.newest >= transition.rules.epochs:
+        return
+    if paused is not None:
+        ends = "after this epoch" if work.trainer == "on" and not work.waiting else "until it goes on"
+        transition.explain(f"{_PAUSED}{because(paused)}; training waits {ends}")
         return
     waits = work.trainer == "on" and work.waiting and not work.may_train(transition.rules)
     if waits and work.gathered:
@@ -182,7 +197,7 @@ def _explain_waiting(transition: NodeTransition) -> None:
     elif waits:
         who = "no coordinator answers" if work.ahead else "the coordinator has not judged them"
         transition.explain(f"{len(work.pending)} checkpoints wait for acceptance, and {who}; {_WAITS}")
-    elif transition.state.why.endswith((_WAITS, _GATHERED)):
+    elif transition.state.why.endswith((_WAITS, _GATHERED)) or transition.state.why.startswith(_PAUSED):
         transition.explain(f"training {slot_name(work.shard)} from epoch {work.newest}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -30,9 +30,15 @@ PER_NETWORK = 2
 _REASONS_NAMED = 4
 
 
-async def serve_blobs(transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None) -> None:
-    """Serve every whole blob of `store` to any peer. `rate_bytes_per_s` limits all streams together; None is no limit."""
-    await transport.serve(BLOB, BlobServer(store, RateLimit(rate_bytes_per_s)).answer)
+async def serve_blobs(
+    transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None,
+    banned: Callable[[str], bool] = lambda peer_id: False,
+) -> None:  # fmt: skip
+    """Serve every whole blob of `store` to any peer that is not `banned`.
+
+    `rate_bytes_per_s` limits all streams together; None is no limit.
+    """
+    await transport.serve(BLOB, BlobServer(store, RateLimit(rate_bytes_per_s), banned=banned).answer)
 
 
 async def fetch_blob(

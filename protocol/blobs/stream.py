@@ -22,7 +22,7 @@ from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.network_origin import prefix_of
 
 BLOB = "/lutetia/blob/1"
-OK, ABSENT, BUSY, MALFORMED = range(4)
+OK, ABSENT, BUSY, MALFORMED, BANNED = range(5)
 ACK = b"\x06"
 REQUEST_BYTES = 40
 ANSWER_BYTES = 9
@@ -36,7 +36,9 @@ class BlobRefused(ConnectionError):
     """The provider refused the request; `status` is the reason."""
 
     def __init__(self, status: int) -> None:
-        reasons = {ABSENT: "does not hold it", BUSY: "is busy", MALFORMED: "does not understand the request"}
+        reasons = {ABSENT: "does not hold it", BUSY: "is busy", MALFORMED: "does not understand the request",
+            BANNED: "serves nothing to this peer, which the run's owner has banned",
+        }  # fmt: skip
         super().__init__(reasons.get(status, f"answered with status {status}"))
         self.status = status
 
@@ -48,12 +50,14 @@ class BlobServer:
         store: what every peer may fetch.
         rate: over all streams.
         lent: the store of a blob that the peer of this id may fetch although others may not; None: it may not.
+        banned: whether the run's owner has banned the peer of this id.
     """
 
     def __init__(
-        self, store: BlobStore, rate: RateLimit, lent: Callable[[str, str], BlobStore | None] = lambda peer_id, digest: None
-    ) -> None:
-        self._store, self._rate, self._lent = store, rate, lent
+        self, store: BlobStore, rate: RateLimit, lent: Callable[[str, str], BlobStore | None] = lambda peer_id, digest: None,
+        banned: Callable[[str], bool] = lambda peer_id: False,
+    ) -> None:  # fmt: skip
+        self._store, self._rate, self._lent, self._banned = store, rate, lent, banned
         self._streams: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
         self._turns = AnswerSlots(rate.answers_at_once, rate.bytes_per_second)
@@ -61,10 +65,11 @@ class BlobServer:
     async def answer(self, stream: Stream) -> None:
         """The stream handler. Answers requests until the peer closes or stalls; refuses a peer with too many streams."""
         peer, prefix = stream.peer_id, prefix_of(stream.origin)
-        if self._streams[peer] >= MAX_STREAMS_PER_PEER or self._prefixes[prefix] >= MAX_STREAMS_PER_PREFIX:
+        crowded = self._streams[peer] >= MAX_STREAMS_PER_PEER or self._prefixes[prefix] >= MAX_STREAMS_PER_PREFIX
+        if crowded or self._banned(peer):
             async with asyncio.timeout(STALL_TIMEOUT):  # closing on an unread request resets the stream and loses the answer
                 await stream.read_exactly(REQUEST_BYTES)
-            await _refuse(stream, BUSY)
+            await _refuse(stream, BUSY if crowded else BANNED)
             return
         self._streams[peer] += 1
         self._prefixes[prefix] += 1

@@ -12,7 +12,7 @@ from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.scheduler import DownloadPlan, Span
-from lutetia.protocol.blobs.stream import ABSENT, BLOB, MALFORMED, BlobClient, BlobRefused
+from lutetia.protocol.blobs.stream import ABSENT, BANNED, BLOB, MALFORMED, BlobClient, BlobRefused
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError
@@ -98,7 +98,7 @@ class DownloadWorker:
                 return
             except (OSError, EOFError, TimeoutError) as error:
                 self._failures += 1
-                hopeless = isinstance(error, BlobRefused) and error.status in (ABSENT, MALFORMED)
+                hopeless = isinstance(error, BlobRefused) and error.status in (ABSENT, MALFORMED, BANNED)
                 if hopeless or not self._met or self._failures >= ATTEMPTS:  # whom nobody has met may be made up
                     self._lose(error)
                     return

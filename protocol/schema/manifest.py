@@ -31,6 +31,7 @@ from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
+from lutetia.protocol.schema.owner.orders import OwnerOrders
 from lutetia.protocol.schema.problems import describe_problem
 from lutetia.system.errors import AuthorisationError, ConfigError
 
@@ -158,6 +159,7 @@ class Manifest(WireDocument):
         "Form of published checkpoints: float32, or compact: averages in bfloat16, differences and moments in 8 bits",
     )
     team: TeamSpec | None = added(None, "Lanes in which several nodes train one epoch of a shard; null: one node trains it")
+    orders: OwnerOrders = added(OwnerOrders(), "What the owner orders of all peers: a pause, bans, names that are not shown")
     needs: Capabilities = added((), "Capabilities that a peer must have to take part; one that lacks any refuses the manifest")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ Reason = Literal["run", "version", "lineage", "budget", "value"]
 
 CHANGEABLE = frozenset({
     "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "raw_tolerance", "sampling", "timing", "audit",
-    "hardware", "allowlist", "needs", "card",
+    "hardware", "allowlist", "needs", "card", "orders",
 })  # fmt: skip
 """Fields of the manifest that a later version may change. Tables can also be changed key by key (`timing.heartbeat`)."""
 

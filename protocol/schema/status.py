@@ -168,6 +168,21 @@ class QuarantineStatus(TolerantDocument):
     text: Sentence = Field(description="What the audit found, for people")
 
 
+class PauseStatus(TolerantDocument):
+    """The owner's pause: nothing is accepted and nothing is lost until the run is resumed."""
+
+    since: Moment = Field(description="When the owner paused the run, in Unix seconds")
+    text: Explanation = Field(default="", description="Why, for people")
+
+
+class BanStatus(TolerantDocument):
+    """A peer that the owner has banned."""
+
+    owner: PublicKey = Field(description="Public key of the peer")
+    since: Moment = Field(description="When it was banned, in Unix seconds")
+    text: Explanation = Field(default="", description="Why, for people")
+
+
 class SwarmStatus(TolerantDocument):
     """The whole run as its coordinator sees it."""
 
@@ -209,6 +224,10 @@ class SwarmStatus(TolerantDocument):
     )
     mixture_epochs: EpochsByShard = Field(default=(), description="Accepted epoch of each shard in the current mixture")
     ledger: SignedHead | None = Field(default=None, description="Signed head of the coordinator's ledger at the last acceptance")
+    paused: PauseStatus | None = Field(default=None, description="The owner's pause; null: the run goes on")
+    banned: tuple[BanStatus, ...] = Field(
+        default=(), max_length=1024, description="The peers that were banned last, oldest first"
+    )
     finished: bool = Field(default=False, description="Whether every budget is done and the final mixture is stitched")
 
     @property

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lutetia.coordinator.web.api.people import CreditDocument
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, StallStatus
+from lutetia.protocol.schema.status import NodeStatus, PauseStatus, ShardStatus, StallStatus
 
 
 class _Point(Frozen):
@@ -108,7 +108,8 @@ class RunDocument(Frozen):
     created: float = Field(description="When the run was created, in Unix seconds")
     expires: float = Field(description="When the manifest expires, in Unix seconds")
     time: float = Field(description="When this document was made, in Unix seconds")
-    state: Literal["training", "stalled", "stitching", "finished"] = Field(description="State of the run")
+    state: Literal["training", "stalled", "stitching", "finished", "paused"] = Field(description="State of the run")
+    paused: PauseStatus | None = Field(default=None, description="The owner's pause, and why; null: the run goes on")
     experts: int = Field(description="Number of experts")
     samples: int = Field(description="Accepted samples of all shards")
     samples_budget: int = Field(description="Samples of all budgets")
@@ -161,6 +162,7 @@ class PeerDocument(Frozen):
     invalid: int = Field(description="Its results that were found invalid")
     last_accepted: float | None = Field(description="Time of its last acceptance; null: none")
     quarantined: str | None = Field(description="Why it is quarantined; null: it is not")
+    banned: str | None = Field(default=None, description="Why the owner has banned it; null: it has not")
 
 
 class PeerHistoryDocument(PeerDocument):

@@ -10,6 +10,7 @@ from pydantic import Field
 from lutetia.coordinator.credit.accounts import credit_in_flops
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.owner.orders import OwnerOrders
 
 
 class CreditDocument(Frozen):
@@ -24,10 +25,11 @@ class CreditDocument(Frozen):
 
 @dataclass(frozen=True)
 class People:
-    """The run's peers: `run` counts their credit, `names` has what they are called, by public key."""
+    """The run's peers: `run` counts their credit, `names` has what they are called, by public key; `orders`: the owner's."""
 
     run: RunState = field(default_factory=RunState)
     names: Mapping[str, str] = field(default_factory=dict)
+    orders: OwnerOrders = OwnerOrders()
 
     def credit(self, owner: str, now: float) -> CreditDocument:
         """The peer's credit at `now` (Unix seconds)."""
@@ -38,4 +40,9 @@ class People:
 
     def name(self, owner: str) -> str:
         """What the peer is called; empty: nothing."""
-        return self.names.get(owner, "")
+        return "" if owner in self.orders.hidden_names else self.names.get(owner, "")
+
+    def banned(self, owner: str) -> str | None:
+        """Why the owner has banned the peer; None: it is not banned."""
+        ban = self.orders.ban_of(owner)
+        return None if ban is None else ban.text or "the owner gave no reason"

@@ -80,7 +80,7 @@ class RunSource:
 
     def people(self) -> People:
         """What is known of the peers now, besides their results."""
-        return People(self.ledger.state)
+        return People(self.ledger.state, orders=self.manifest().orders)
 
     async def read_again(self) -> None:
         """Make the history from the ledger alone."""

@@ -50,7 +50,17 @@ def run_document(
     status: SwarmStatus, manifest: Manifest, history: History, ticket: str, about: str = "", disk_free: int | None = None
 ) -> RunDocument:
     points = [point for shard in history.shards.values() for point in shard.accepted]
-    state = "finished" if status.finished else "stitching" if status.done else "stalled" if status.stalled_shards else "training"
+    state = (
+        "finished"
+        if status.finished
+        else "paused"
+        if status.paused
+        else "stitching"
+        if status.done
+        else "stalled"
+        if status.stalled_shards
+        else "training"
+    )
     return RunDocument(
         run=status.run, name=status.name, owner=manifest.owner, coordinator=status.coordinator, software=status.software,
         manifest_version=status.manifest_version, created=manifest.created, expires=manifest.expires, time=status.time,
@@ -64,6 +74,7 @@ def run_document(
         join=f"lutetia join {ticket}" if ticket else "", memory_bytes=manifest.hardware.memory_bytes,
         disk_bytes=manifest.hardware.disk_bytes, stalls=status.stalls, about=about, bytes_accepted=history.weights_bytes,
         disk_free_bytes=disk_free, disk_needed_bytes=_disk_needed(history), reach=_reach(ticket),
+        paused=status.paused,
     )  # fmt: skip
 
 
@@ -160,6 +171,7 @@ def _peer(status: SwarmStatus, history: History, people: People, owner: str) -> 
         "owner": owner, "peer_id": peer_id_of(owner), "name": node.name if node else people.name(owner),
         "credit": people.credit(owner, status.time), "node": node, "samples": past.samples, "accepted": past.accepted,
         "void": past.void, "invalid": past.invalid, "last_accepted": past.last_accepted, "quarantined": past.quarantined,
+        "banned": people.banned(owner),
     }  # fmt: skip
 
 

@@ -112,7 +112,8 @@ class DeviceShell:
         manifest = self.tasks.manifest = self.manifest
         rate = self.prober.result.samples_per_second if self.prober.result else 0.0
         self.rules = with_hang_timeout(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
-        self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest)))
+        resumed = old.orders.paused is not None and manifest.orders.paused is None
+        self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest), resumed))
         if manifest.hardware != old.hardware and self._group:
             self._spawn(self._probe())
 

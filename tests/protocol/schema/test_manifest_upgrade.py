@@ -29,6 +29,7 @@ CHANGES = {
     "expires": NOW + 1e7,
     "needs": ["unknown-fields"],
     "card.license": "apache-2.0",
+    "orders.hidden_names": ["ef" * 32],
 }
 """One change of every changeable field."""
 
