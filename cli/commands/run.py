@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from lutetia.protocol.schema.manifest import Manifest
-    from lutetia.protocol.schema.status import SwarmStatus
 
 app = typer.Typer(help="Create a run, show its manifest, or change it while it is served.", no_args_is_help=True)
 actions.register(app)
@@ -182,25 +181,9 @@ def why(
     from lutetia.cli.status_table import shard_reason
     from lutetia.system.errors import plain
 
-    status = load_status(source, timeout)
+    status = actions.load_status(source, timeout)
     reason = shard_reason(status, shard, time.time())
     emit(reason, as_json, lambda: plain(str(reason["text"])))
-
-
-def load_status(source: str, timeout: float) -> SwarmStatus:
-    """The status that the coordinator wrote into a run's folder, or that a ticket's peers answer. Raises LutetiaError."""
-    from lutetia.cli.commands.swarm import fetch_status, read_status
-    from lutetia.coordinator.run_folder import RunFolder as Folder
-    from lutetia.system.errors import ConfigError
-
-    if is_ticket(source) or source.endswith(".txt"):
-        return fetch_status(source, timeout)
-    path = Folder(Path(source)).status
-    try:
-        return read_status(path.read_bytes())
-    except OSError as error:
-        text = f"cannot read {path}: {error.strerror}; give the folder of a run that is or was served, or its ticket"
-        raise ConfigError(text) from error
 
 
 def load_manifest(source: str, timeout: float) -> Manifest:

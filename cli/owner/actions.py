@@ -156,17 +156,26 @@ def _peer_of(run: str, text: str, timeout: float) -> str:
         return key
     if not re.fullmatch(r"[0-9a-f]{8,63}", text):
         raise UsageError(f"{text!r} is no peer; give a public key, its first eight or more digits, or a peer id")
-    matches = sorted(owner for owner in _known(_status(run, timeout)) if owner.startswith(text))
+    matches = sorted(owner for owner in _known(load_status(run, timeout)) if owner.startswith(text))
     if len(matches) != 1:
         named = ", ".join(peer_id_of(owner) for owner in matches[:5]) or "none"
         raise UsageError(f"{len(matches)} peers of the run begin with {text} ({named}); give the whole key or a peer id")
     return matches[0]
 
 
-def _status(run: str, timeout: float) -> SwarmStatus:
-    from lutetia.cli.commands.run import load_status
+def load_status(source: str, timeout: float) -> SwarmStatus:
+    """The status that the coordinator wrote into a run's folder, or that a ticket's peers answer. Raises LutetiaError."""
+    from lutetia.cli.commands.swarm import fetch_status, read_status
+    from lutetia.coordinator.run_folder import RunFolder as Folder
 
-    return load_status(run, timeout)
+    if is_remote(source):
+        return fetch_status(source, timeout)
+    path = Folder(Path(source)).status
+    try:
+        return read_status(path.read_bytes())
+    except OSError as error:
+        text = f"cannot read {path}: {error.strerror}; give the folder of a run that is or was served, or its ticket"
+        raise ConfigError(text) from error
 
 
 def _known(status: SwarmStatus) -> set[str]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lutetia.cli.owner.actions import send_next
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.admin.upgrade import upgrade_run
+from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.owner.orders import order_run, ordered
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.serve import serve_run
 from lutetia.coordinator.settings import RunSettings
@@ -21,6 +26,7 @@ from lutetia.node.control import ask
 from lutetia.protocol.joining import MANIFEST_FILE, join_swarm
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
+from lutetia.protocol.schema.owner.orders import Order
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.system.errors import AuthorisationError, ConfigError, IdentityError, LutetiaError
 from tests.child_environment import child_environment
@@ -91,18 +97,19 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         await until(lambda: idle_under(2), "the node to stand by again")
         check_ledger(run)
         await refuse_the_older_version(run, tmp_path)
+        await orders_from_another_machine(run, coordinator, tmp_path)
 
         refused, _ = await command("run", "rotate", str(run.folder))
         assert refused == IdentityError.code, "not while it is served"
         old = Identity.load(RunFolder(run.folder).coordinator_key)
         assert await coordinator.end(signal.SIGTERM) == 0
         code, answer = await command("run", "rotate", str(run.folder))
-        assert (code, answer["version"], answer["old"]) == (0, 3, old.public_key)
+        assert (code, answer["version"], answer["old"]) == (0, 7, old.public_key)
         upgrade_run(RunFolder(run.folder), {"samples_per_shard": 160})
         coordinator = await Coordinator.start(run.folder, SETTINGS)
         await up(coordinator)
         await until(accepted_again, "the node to train on for the new key")
-        assert (await node_says(tmp_path / "node"))["manifest_version"] == 4
+        assert (await node_says(tmp_path / "node"))["manifest_version"] == 8
         assert coordinator.status().coordinator == answer["new"]
         check_signatures(run, old, answer["ticket"])
         await ask(tmp_path / "node", "leave")
@@ -112,6 +119,39 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
                 process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(node.wait(), 300) == 0
         assert await asyncio.wait_for(coordinator.process.wait(), 300) == 0
+
+
+async def orders_from_another_machine(run: CreatedRun, coordinator: Coordinator, root: Path) -> None:
+    """The owner has only the ticket and the key: the node hears of the pause and of its ban, and obeys at once."""
+    key, stranger = root / "elsewhere" / "owner.key", root / "stranger.key"
+    Identity.load(RunFolder(run.folder).owner_key).save(key)
+    Identity.derived("mallory").save(stranger)
+    node = root / "node"
+
+    async def node_says_why(state: str, words: str) -> bool:
+        status = await node_says(node)
+        return status["state"] == state and words in status["reason"]
+
+    code, answer = await command("run", "pause", run.ticket, "--reason", "moving house", "--owner-key", str(key))
+    assert (code, answer["version"], answer["order"]) == (0, 3, "pause")
+    await until(lambda: node_says_why("idle", "paused by its owner: moving house"), "the node to say why it stands by")
+    paused = coordinator.status().paused
+    assert paused
+    assert paused.text == "moving house"
+    with pytest.raises(AuthorisationError, match="another owner"):
+        await asyncio.to_thread(send_next, run.ticket, lambda old: ordered(old, Order("resume"), time.time()), stranger, 20.0)
+    peer = Identity.load(node / "identity.key").public_key
+    order_run(RunFolder(run.folder), Order("ban", peer, "a test"))
+    await until(lambda: node_says_why("paused", "the run's owner has banned this node: a test"), "the node to hear of its ban")
+    assert [ban.owner for ban in coordinator.status().banned] == [peer]
+    await asyncio.to_thread(send_next, run.ticket, lambda old: ordered(old, Order("unban", peer), time.time()), key, 20.0)
+    await until(lambda: node_says_why("idle", "paused by its owner"), "the node to hear that its ban is lifted")
+    code, answer = await command("run", "resume", str(run.folder))
+    assert (code, answer["version"]) == (0, 6)
+    await until(lambda: node_says_why("idle", "the run is complete"), "the node to go on")
+    with contextlib.closing(Ledger.open(run.folder / "ledger.sqlite", run.run, to_read=True)) as ledger:
+        told = [order for row in ledger.rows() if isinstance(event := row.event(), ManifestPublished) for order in event.orders]
+    assert [order.order for order in told] == ["pause", "ban", "unban", "resume"]
 
 
 def refusal(field: str) -> str:
