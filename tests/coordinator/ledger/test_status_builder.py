@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lutetia.coordinator.acceptance.messages import LedgerFacts
+from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, allowance, status
 from lutetia.coordinator.runtime.swarm_monitor import observed
 from lutetia.protocol.claims import LiveClaim, rendezvous
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.manifest_upgrade import next_version
+from lutetia.protocol.schema.owner.orders import GivenOrder, Order, with_order
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, NodeState
 from lutetia.protocol.schema.status import NodeStatus, SwarmStatus
 from lutetia.protocol.stalled_claims import IDLE, LONGEST_GAP, current_holder
@@ -220,3 +226,62 @@ def test_claims_on_unknown_shards_are_ignored():
     driver = drive_judge()
     view = LiveView([], [claim(driver.manifest.run_id, PEERS[0], driver.now, shard=99)])
     assert len(status(driver.state.run, driver.manifest, view, driver.now).shards) == len(make_manifest().shards)
+
+
+def ordered(manifest: Manifest, *orders: Order, now: float) -> Manifest:
+    given = manifest.orders
+    for order in orders:
+        given = with_order(given, order, now)
+    return next_version(manifest, {"orders": given.model_dump(mode="json")}, now)
+
+
+def test_nothing_is_late_in_a_paused_run_nor_for_the_pause_after_it():
+    driver = drive_judge(epochs=10)
+    run, began, lease = driver.manifest.run_id, driver.now, driver.manifest.timing.lease
+    accept(driver, PEERS[0])
+
+    def document(manifest: Manifest) -> SwarmStatus:
+        """Audits go on in a pause; they are not looked at here."""
+        view = LiveView([node(run, PEERS[0], driver.now)], [claim(run, PEERS[0], driver.now, since=began)], free_since={1: began})
+        return status(replace(driver.state.run, audits={}), manifest, view, driver.now)
+
+    paused = ordered(driver.manifest, Order("pause", text="moving house"), now=driver.now)
+    driver.now += 1e5
+    assert document(driver.manifest).nodes[0].health == "overdue"
+    assert document(driver.manifest).stalled_shards == (0, 1)
+    shown = document(paused)
+    assert shown.paused is not None
+    assert (shown.paused.text, shown.nodes[0].health, shown.stalls, shown.stalled_shards) == ("moving house", "paused", (), ())
+    assert (shown.shards[0].state, shown.shards[0].due) == ("training", None)
+    resumed = ordered(paused, Order("resume"), now=driver.now)
+    driver.now += lease / 2
+    assert (document(resumed).nodes[0].health, document(resumed).stalls) == ("working", ())
+    driver.now += 2 * driver.manifest.timing.tenure
+    assert document(resumed).stalled_shards == (0, 1)
+
+
+def test_hidden_names_and_banned_peers_are_not_shown():
+    driver = drive_judge()
+    nodes = [node(driver.manifest.run_id, peer, driver.now) for peer in PEERS[:3]]
+    named = [replace(each, record=each.record.model_copy(update={"name": f"name {place}"})) for place, each in enumerate(nodes)]
+    claims = [claim(driver.manifest.run_id, PEERS[1], driver.now)]
+    orders = (Order("hide-name", PEERS[0].public_key), Order("ban", PEERS[1].public_key, "spam"))
+    shown = status(driver.state.run, ordered(driver.manifest, *orders, now=driver.now), LiveView(named, claims), driver.now)
+    assert {each.owner: each.name for each in shown.nodes} == {PEERS[0].public_key: "", PEERS[2].public_key: "name 2"}
+    assert shown.shards[0].owner is None
+    assert [(each.owner, each.text) for each in shown.banned] == [(PEERS[1].public_key, "spam")]
+
+
+def test_pause_does_not_make_a_peers_epochs_look_long():
+    driver = drive_judge(epochs=10)
+    for _ in range(2):
+        driver.now += 50.0
+        accept(driver, PEERS[0])
+    driver.now += 1e6
+    resumed = ManifestPublished(
+        time=driver.now, version=2, digest="0" * 64, expires=driver.now + 1e6, orders=(GivenOrder(order="resume"),)
+    )
+    driver.send(LedgerFacts((resumed,), driver.now))
+    driver.now += 60.0
+    accept(driver, PEERS[0])
+    assert driver.state.run.peer(PEERS[0].public_key).interval == 50.0

@@ -14,6 +14,7 @@ from lutetia.coordinator.owner.orders import ordered
 from lutetia.coordinator.owner.service import REQUESTS_PER_MINUTE, OwnerService
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.runtime.manifest_watch import ManifestWatch
+from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.framing import read_message, write_message
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.rpc.owner_request import (
@@ -30,6 +31,7 @@ from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.protocol.schema.owner.orders import MOST_BANS, Order, OwnerOrders, given_orders, with_order
+from lutetia.protocol.schema.records import ClaimRecord, RecordRefused, seal
 from lutetia.system.errors import AuthorisationError, ConfigError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, make_manifest
 from tests.coordinator.acceptance.judge_driver import OWNER as OWNER_KEY
@@ -181,3 +183,14 @@ def test_orders_that_were_signed_while_the_run_was_not_served_are_events_each(tm
     ]
     assert isinstance(events[0], ManifestPublished)
     assert published(FIRST, COORDINATOR.public_key, NOW).orders == ()
+
+
+def test_banned_peers_records_are_refused_by_every_peer():
+    peer, current = PEERS[0], [FIRST]
+    record = ClaimRecord(run=FIRST.run_id, owner=peer.public_key, issued=NOW, shard=0, epoch=0, samples=0, state="training")
+    check = record_check(lambda: current[0], lambda: NOW)
+    sealed = seal(record, peer, NOW + 5)
+    assert check(record.key(), peer.public_key, sealed, NOW + 5) == record.key()
+    current[0] = ordered(FIRST, Order("ban", peer.public_key, "spam"), NOW)
+    with pytest.raises(RecordRefused, match="the run's owner has banned this peer: spam"):
+        check(record.key(), peer.public_key, sealed, NOW + 5)

@@ -45,6 +45,16 @@ async def test_a_peer_gets_a_limited_number_of_streams(swarm: Swarm) -> None:
 
 
 @simulated
+async def test_banned_peer_is_told_so_and_gets_nothing(swarm: Swarm) -> None:
+    peer = await swarm.holder()
+    await serve_blobs(peer, swarm.source, banned=lambda peer_id: peer_id == swarm.receiver.peer_id)
+    stream = await swarm.receiver.open_stream(peer.peer_id, BLOB)
+    await stream.write(bytes(REQUEST_BYTES))
+    assert await stream.read_exactly(1) == bytes([blob_stream.BANNED])
+    assert "which the run's owner has banned" in str(blob_stream.BlobRefused(blob_stream.BANNED))
+
+
+@simulated
 async def test_invalid_requests_are_refused(swarm: Swarm) -> None:
     peer = await swarm.holder()
     for digest, first, count, status in (
