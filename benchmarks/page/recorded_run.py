@@ -24,6 +24,7 @@ from lutetia.coordinator.ledger.events import (
     RunCreated,
 )
 from lutetia.coordinator.ledger.log import Ledger
+from lutetia.coordinator.ledger.run_state import ShardLedger
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
@@ -61,6 +62,7 @@ class MadeUpRun:
         """The run's ledger, ticket and folders in `folder`. Returns the open ledger."""
         root = RunFolder(folder)
         root.gallery.mkdir(parents=True)
+        COORDINATOR.save(root.coordinator_key)
         root.ticket.write_text("lutetia1" + "qpzry9x8gf2tvdw0s3jn54khce6mua7l" * 8 + "\n")
         first, *rest = self.history()
         assert isinstance(first, RunCreated)
@@ -73,7 +75,7 @@ class MadeUpRun:
         """All events, oldest first."""
         found = list(self._beginning())
         generator, moment = random.Random(self.seed), self.manifest.created
-        lineages = [_Lineage(self.manifest, index) for index in range(self.shards)]
+        lineages = [Lineage(self.manifest, index) for index in range(self.shards)]
         count = 0
         while len(found) < self.events:
             moment += SECONDS_PER_RESULT
@@ -97,12 +99,21 @@ class MadeUpRun:
             yield BaselineMeasured(time=manifest.created, shard=shard, loss=1.5)
 
 
-class _Lineage:
+class Lineage:
     """The results of one shard."""
 
     def __init__(self, manifest: Manifest, shard: int) -> None:
         self.manifest, self.shard, self.epoch, self.loss = manifest, shard, 0, 1.5
         self.parent: str | None = None
+
+    @classmethod
+    def after(cls, manifest: Manifest, shard: ShardLedger, index: int) -> Lineage:
+        """The lineage that goes on from the accepted epoch of a shard."""
+        lineage = cls(manifest, index)
+        lineage.epoch, lineage.parent = shard.epoch, shard.accepted
+        if shard.acceptance:
+            lineage.loss = shard.acceptance.holdout_loss
+        return lineage
 
     def epoch_done(self, author: Identity, other: Identity, moment: float, generator: random.Random) -> Iterator[Event]:
         """A result is accepted; maybe another one is refused or comes second, and maybe it is audited."""
@@ -144,7 +155,7 @@ def _costs(count: int) -> tuple[CheckCost, ...]:
     return tuple(CheckCost(check=name, outcome="valid", seconds=0.01, size=1000) for name in CHECK_NAMES[:count])
 
 
-def _stitched(lineages: list[_Lineage], moment: float, count: int) -> Iterator[Event]:
+def _stitched(lineages: list[Lineage], moment: float, count: int) -> Iterator[Event]:
     epochs = tuple(lineage.epoch for lineage in lineages)
     bins = tuple(0.95 - 0.05 * index for index in range(10))
     yield RouterTrained(
