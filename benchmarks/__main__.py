@@ -27,6 +27,7 @@ STUDIES = {
     "lying-checkers": "benchmarks.lending.lying_checkers",
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",
+    "page": "benchmarks.page.main",
     "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
     "teams": "benchmarks.teams.main",

@@ -1,6 +1,7 @@
-"""The coordinator's HTTP side over a recorded ledger, in a process of its own: `python -m benchmarks.page.server FOLDER SHARDS PEERS EVENTS NOW`.
+"""The coordinator's HTTP side over a recorded ledger, in a process of its own.
 
-It prints its port, then serves. A line on its stdin appends so many accepted results to the ledger. It ends with its stdin.
+`python -m benchmarks.page.server FOLDER SHARDS PEERS EVENTS NOW`: it prints how long its start took and its port, then serves. A
+number on its stdin appends so many accepted results to the ledger, which it confirms by a line. It ends with its stdin.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class RecordedCoordinator:
         self.run = run
         root = RunFolder(folder)
         self.ledger, snapshot = open_with_snapshot(root, run.manifest.run_id, COORDINATOR.public_key)
-        self.source = RunSource(root, self.ledger, lambda: run.manifest, self.status, snapshot.history if snapshot else lambda: None)
+        self.source = RunSource(
+            root, self.ledger, lambda: run.manifest, self.status, snapshot.history if snapshot else lambda: None
+        )
         self._status: tuple[float, SwarmStatus] | None = None
         self._generator = random.Random(11)
         holders = run.people[: run.shards]
@@ -82,6 +85,7 @@ async def serve(coordinator: RecordedCoordinator) -> None:
     while line := await asyncio.to_thread(sys.stdin.readline):
         for _ in range(int(line)):
             coordinator.accept()
+        print("accepted", flush=True)
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
 

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from lutetia.coordinator.ledger.log import Ledger, LedgerStart
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.web.api.history import History
+from lutetia.coordinator.web.api.history import History, ShardHistory
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.fields import Count, Digest, Moment, PublicKey, Signature
 from lutetia.protocol.schema.identity import Identity, verify
@@ -38,6 +38,7 @@ _RULE_FILES = (
 )  # fmt: skip
 _STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
 _HISTORY: TypeAdapter[History] = TypeAdapter(History)
+_SHARD: TypeAdapter[tuple[int, ShardHistory]] = TypeAdapter(tuple[int, ShardHistory])
 
 
 class SnapshotUnusable(Exception):
@@ -99,8 +100,21 @@ def rules_digest() -> str:
 
 
 def parts_of(state: RunState, history: History) -> tuple[bytes, bytes]:
-    """The bytes of the parts. Equal histories of events give equal bytes."""
-    return _STATE.dump_json(state), _HISTORY.dump_json(history)
+    """The bytes of the parts. Equal histories of events give equal bytes.
+
+    The history has a line for each shard, so that who reads them in a thread does not stop the others for long.
+    """
+    shards = [_SHARD.dump_json(item) for item in history.shards.items()]
+    return _STATE.dump_json(state), b"\n".join([_HISTORY.dump_json(replace(history, shards={})), *shards])
+
+
+def _read_history(data: bytes) -> History:
+    first, *lines = data.split(b"\n")
+    history = _HISTORY.validate_json(first)
+    for line in lines:
+        index, shard = _SHARD.validate_json(line)
+        history.shards[index] = shard
+    return history.restored()
 
 
 def header_of(run: str, events: int, chain: str, parts: Sequence[bytes], coordinator: str) -> SnapshotHeader:
@@ -138,7 +152,7 @@ class LedgerSnapshot:
         """The history of its events; None, with a line in the log, if the file has gone or changed. Blocks on the disk."""
         try:
             _, parts = _read(self.path, ("history",), self.header)
-            return _HISTORY.validate_json(parts[0]).restored()
+            return _read_history(parts[0])
         except (OSError, SnapshotUnusable, ValidationError) as error:
             _log.warning("the history in %s is not used: %s", self.path, error)
             return None

@@ -31,7 +31,7 @@ class HttpLimits:
         stall_seconds: without any byte of an answer leaving.
     """
 
-    connections: int = 128
+    connections: int = 400
     per_origin: int = 16
     request_seconds: float = 10.0
     stall_seconds: float = 30.0

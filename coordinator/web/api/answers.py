@@ -6,6 +6,7 @@ unknown parameters name no document of their own, and what is kept or being sent
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import time
 from collections import OrderedDict
@@ -121,6 +122,26 @@ class Answers:
         self._limit, self._clock, self._sending = limit, clock, _Sending()
         self._kept: OrderedDict[str, tuple[str, bytes, bytes | None]] = OrderedDict()
         self.kept_bytes = 0
+        self._rendering = asyncio.Lock()
+
+    async def answer_large(self, request: Request, tag: str, build: Callable[[], Frozen]) -> Response:
+        """As `answer`, for a document of megabytes: they are rendered in a thread, one at a time, while others are answered."""
+        address = _address(request)
+        async with self._rendering:
+            kept = self._kept.get(address)
+            if not _has(request, tag) and (kept is None or kept[0] != f'W/"{tag}"'):
+                began = self._clock()
+                document = build()
+                seconds = self._clock() - began
+                rendered, more = await asyncio.to_thread(self._timed, document)
+                self._keep(address, (f'W/"{tag}"', *rendered))
+                self._limit.charge(origin_of(request), seconds + more)
+        return self.answer(request, tag, build)
+
+    def _timed(self, document: Frozen) -> tuple[tuple[bytes, bytes | None], float]:
+        began = self._clock()
+        rendered = _render(document)
+        return rendered, self._clock() - began
 
     def answer(self, request: Request, tag: str, build: Callable[[], Frozen]) -> Response:
         """The document that `build` makes, or 304 if the client has it.
@@ -132,10 +153,10 @@ class Answers:
 
         Raises HTTPException 503: too much is being sent already.
         """
-        tag = f'W/"{tag}"'
-        headers = {**SAFE, "ETag": tag, "Vary": "Accept-Encoding"}
-        if tag in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]:
+        headers = {**SAFE, "ETag": f'W/"{tag}"', "Vary": "Accept-Encoding"}
+        if _has(request, tag):
             return Response(status_code=304, headers=headers)
+        tag = f'W/"{tag}"'
         began = self._clock()
         plain, small = self._rendered(_address(request), tag, build)
         self._limit.charge(origin_of(request), self._clock() - began)
@@ -148,16 +169,29 @@ class Answers:
         return StreamingResponse(self._sending.pieces(data), media_type="application/json", headers=headers)
 
     def _rendered(self, address: str, tag: str, build: Callable[[], Frozen]) -> tuple[bytes, bytes | None]:
-        kept = self._kept.pop(address, None)
-        self.kept_bytes -= _size(kept)
+        kept = self._kept.get(address)
         if kept is None or kept[0] != tag:
-            plain = build().model_dump_json().encode()
-            kept = tag, plain, gzip.compress(plain, 5, mtime=0) if len(plain) >= _COMPRESS_FROM else None
+            kept = tag, *_render(build())
+        self._keep(address, kept)
+        return kept[1], kept[2]
+
+    def _keep(self, address: str, kept: tuple[str, bytes, bytes | None]) -> None:
+        self.kept_bytes -= _size(self._kept.pop(address, None))
         self._kept[address] = kept
         self.kept_bytes += _size(kept)
         while len(self._kept) > _KEPT or (self.kept_bytes > KEPT_BYTES and len(self._kept) > 1):
             self.kept_bytes -= _size(self._kept.popitem(last=False)[1])
-        return kept[1], kept[2]
+
+
+def _render(document: Frozen) -> tuple[bytes, bytes | None]:
+    """The document as JSON, and compressed if that is worth it."""
+    plain = document.model_dump_json().encode()
+    return plain, gzip.compress(plain, 5, mtime=0) if len(plain) >= _COMPRESS_FROM else None
+
+
+def _has(request: Request, tag: str) -> bool:
+    """Whether the client has the document with this tag."""
+    return f'W/"{tag}"' in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]
 
 
 def _size(kept: tuple[str, bytes, bytes | None] | None) -> int:

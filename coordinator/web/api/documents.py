@@ -146,6 +146,9 @@ class ShardDocument(Frozen):
     accepted: tuple[AcceptedPoint, ...] = Field(description="Its accepted results, void ones included, oldest first")
     refused: tuple[RefusedPoint, ...] = Field(description="The last results that were refused for good, oldest first")
     sheet: str | None = Field(default=None, description="Where its contact sheet of training clips is; null: it has none")
+    whole: bool = Field(
+        default=True, description="Whether both lists are whole; false: they hold what came after the event that was asked for"
+    )
 
 
 class PeerDocument(Frozen):

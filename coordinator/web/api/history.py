@@ -47,6 +47,8 @@ class ShardHistory:
     initial_loss: float | None = None
     accepted: list[AcceptedPoint] = field(default_factory=list)
     refused: list[RefusedPoint] = field(default_factory=list)
+    dropped: int = 0
+    """Number of the last event that made accepted results void; 0: none did."""
 
 
 @dataclass
@@ -94,6 +96,8 @@ class History:
     def add(self, number: int, event: Event) -> None:
         """Add the event with this number in the ledger."""
         self.events = number
+        if isinstance(event, LineageRolledBack | ResetRecovered):
+            self.shard(event.shard).dropped = number
         match event:
             case BaselineMeasured():
                 self.shard(event.shard).initial_loss = event.loss

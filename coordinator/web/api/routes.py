@@ -27,6 +27,7 @@ from lutetia.coordinator.web.api.documents import (
 from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
 from lutetia.coordinator.web.api.history import History
 from lutetia.coordinator.web.api.pictures import add_pictures, shards_with_sheets
+from lutetia.coordinator.web.api.recent import WHOLE_SECONDS, is_recent, only_after
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import SwarmStatus
@@ -81,10 +82,19 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         return answers.answer(request, live_tag(status), lambda: status)
 
     @router.get("/shards", response_model=ShardsDocument)
-    async def shards(request: Request) -> Response:
-        """All shards with their histories."""
+    async def shards(request: Request, after: Cursor = 0) -> Response:
+        """All shards with their histories; with `after`, only what came after that event of the ledger, if it is recent.
+
+        Whole histories are megabytes in a long run, and up to ten seconds old: read them once, then what came after.
+        """
         history, status = await source.up_to_date(), source.status()
-        return answers.answer(request, live_tag(status), lambda: all_shards(source, status, history))
+        if is_recent(after, history):
+            return answers.answer(
+                request, live_tag(status),
+                lambda: ShardsDocument(shards=only_after(all_shards(source, status, history).shards, history, after)),
+            )  # fmt: skip
+        tag = f"{source.tag()}-{int(status.time / WHOLE_SECONDS)}"
+        return await answers.answer_large(request, tag, lambda: all_shards(source, status, history))
 
     @router.get("/shards/{index}", response_model=ShardDocument, responses=_MISSING)
     async def shard(request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)]) -> Response:
@@ -167,7 +177,7 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     async def metrics(request: Request) -> Response:
         """Curves: held-out loss of each shard against samples, router accuracy by time bin, throughput by the hour."""
         history, status = await source.up_to_date(), source.status()
-        return answers.answer(request, source.tag(), lambda: views.series(status, history))
+        return await answers.answer_large(request, source.tag(), lambda: views.series(status, history))
 
     add_pictures(router, source, answers)
     return router

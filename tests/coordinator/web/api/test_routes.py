@@ -27,7 +27,7 @@ from lutetia.coordinator.web.app import build_app
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.status import SwarmStatus
-from tests.coordinator.acceptance.judge_driver import PEERS
+from tests.coordinator.acceptance.judge_driver import PEERS, make_record
 from tests.coordinator.mixtures.test_archive import mixture
 from tests.coordinator.web.api.recorded_run import HOSTILE, STEP, RecordedRun, record_run, serving, write_galleries
 
@@ -203,6 +203,30 @@ async def test_every_mixture_is_listed_and_found_by_its_digest(run: RecordedRun,
             assert (await client.get(found["files"][0]["url"])).status_code == 200
         for wrong in ("0" * 64, "..%2F..%2Fticket", "*"):
             assert (await client.get(f"{API}/mixture?digest={wrong}")).status_code == 404
+
+
+async def test_shards_after_an_event_add_up_to_the_whole(run: RecordedRun) -> None:
+    async with serving(run) as client:
+        known = (await client.get(f"{API}/shards")).json()["shards"]
+        head = run.source.ledger.head[0]
+        run.accept(0, shard=1)
+        run.driver.refuse(make_record(run.driver.manifest, PEERS[3], 0, 3, run.driver.state.run.shards[0].accepted), HOSTILE)
+        run.write()
+        new = (await client.get(f"{API}/shards?after={head}")).json()["shards"]
+        whole = (await client.get(f"{API}/shards")).json()["shards"]
+        assert [(each["whole"], len(each["accepted"]), len(each["refused"])) for each in new] == [(False, 0, 1), (False, 1, 0)]
+        for before, more, after in zip(known, new, whole, strict=True):
+            added = {name: before[name] + more[name] for name in ("accepted", "refused")}
+            assert {**more, **added, "whole": True, "status": after["status"]} == after
+        for old in (0, 10**6):
+            assert all(each["whole"] for each in (await client.get(f"{API}/shards?after={old}")).json()["shards"])
+        head, accepted = run.source.ledger.head[0], run.driver.state.run.shards[0].acceptance
+        assert accepted is not None
+        back = {"epoch": 1, "term": 1, "dropped": 1, "checkpoint": accepted.checkpoint, "why": "operator"}
+        run.write(LineageRolledBack(time=run.driver.now, shard=0, **back))
+        first, second = (await client.get(f"{API}/shards?after={head}")).json()["shards"]
+    assert (first["whole"], [point["void"] for point in first["accepted"]]) == (True, [False, True])
+    assert (second["whole"], second["accepted"]) == (False, [])
 
 
 async def lines_of(answer: httpx.Response, count: int) -> list[dict[str, str]]:
