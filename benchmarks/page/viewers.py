@@ -114,7 +114,7 @@ class Viewer:
 
     async def _read_all(self) -> None:
         after = f"?after={self._head}" if self._head else ""
-        run, *_ = await asyncio.gather(
+        run, shards, *_ = await asyncio.gather(
             self._get("run", "run"), self._get(f"shards{after}", "shards" if after else "shards, whole"),
             self._get("peers?limit=200", "peers"), self._get("metrics", "metrics"), self._get("gallery", "gallery"),
         )  # fmt: skip
@@ -122,7 +122,9 @@ class Viewer:
             head = json.loads(run)["events"]
             page = head // 200 * 200
             await self._get(f"events?after={page}&limit=200", "events")
-            self._head = head
+
+        if shards:
+            self._head = json.loads(shards)["events"]
 
     async def _get(self, path: str, route: str) -> bytes:
         return await self._browser.get(f"/api/v1/{path}", route)

@@ -151,6 +151,13 @@ class ShardDocument(Frozen):
     )
 
 
+class ShardsDocument(Frozen):
+    """All shards."""
+
+    events: int = Field(description="Events of the ledger that this covers: `after` of the next request")
+    shards: tuple[ShardDocument, ...] = Field(description="The shards, in order")
+
+
 class PeerDocument(Frozen):
     """A peer: whether it is here, and what became of its work."""
 

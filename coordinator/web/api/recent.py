@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 
-from lutetia.coordinator.web.api.documents import ShardDocument
+from lutetia.coordinator.web.api.documents import ShardDocument, ShardsDocument
 from lutetia.coordinator.web.api.history import History
 
 RECENT_EVENTS = 2000
@@ -19,11 +18,12 @@ def is_recent(after: int, history: History) -> bool:
     return max(1, history.events - RECENT_EVENTS) <= after <= history.events
 
 
-def only_after(shards: Sequence[ShardDocument], history: History, after: int) -> tuple[ShardDocument, ...]:
+def only_after(whole: ShardsDocument, history: History, after: int) -> ShardsDocument:
     """Each shard with its results after event `after`; with all of them if results were made void since."""
-    return tuple(
-        shard if history.shard(shard.status.shard).dropped > after else _only_after(shard, after) for shard in shards
-    )  # fmt: skip
+    shards = tuple(
+        shard if history.shard(shard.status.shard).dropped > after else _only_after(shard, after) for shard in whole.shards
+    )
+    return ShardsDocument(events=whole.events, shards=shards)
 
 
 def _only_after(shard: ShardDocument, after: int) -> ShardDocument:

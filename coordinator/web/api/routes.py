@@ -23,13 +23,13 @@ from lutetia.coordinator.web.api.documents import (
     RunDocument,
     SeriesDocument,
     ShardDocument,
+    ShardsDocument,
 )
 from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
 from lutetia.coordinator.web.api.history import History
 from lutetia.coordinator.web.api.pictures import add_pictures, shards_with_sheets
 from lutetia.coordinator.web.api.recent import WHOLE_SECONDS, is_recent, only_after
 from lutetia.coordinator.web.api.source import RunSource
-from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import SwarmStatus
 
 _LARGEST = 2**53
@@ -41,12 +41,6 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: {"description": "Too many requests of this address; try again after the seconds of Retry-After"},
 }
 _MISSING: dict[int | str, dict[str, Any]] = {404: {"description": "There is no such thing"}}
-
-
-class ShardsDocument(Frozen):
-    """All shards."""
-
-    shards: tuple[ShardDocument, ...]
 
 
 def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRouter:
@@ -91,7 +85,7 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         if is_recent(after, history):
             return answers.answer(
                 request, live_tag(status),
-                lambda: ShardsDocument(shards=only_after(all_shards(source, status, history).shards, history, after)),
+                lambda: only_after(all_shards(source, status, history), history, after),
             )  # fmt: skip
         tag = f"{source.tag()}-{int(status.time / WHOLE_SECONDS)}"
         return await answers.answer_large(request, tag, lambda: all_shards(source, status, history))
@@ -186,7 +180,9 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
 def all_shards(source: RunSource, status: SwarmStatus, history: History) -> ShardsDocument:
     """All shards, with their contact sheets."""
     sheets = shards_with_sheets(source.folder)
-    return ShardsDocument(shards=tuple(views.shard_documents(status, source.manifest(), history, sheets=sheets)))
+    return ShardsDocument(
+        events=history.events, shards=tuple(views.shard_documents(status, source.manifest(), history, sheets=sheets))
+    )
 
 
 def ticket_of(source: RunSource) -> str:

@@ -24,8 +24,9 @@ export interface ShardStatus {
 }
 export interface Shard {
   status: ShardStatus; clips: number; prior: number; expert: string; initial_loss: number | null; accepted: Accepted[]; refused: Refused[]
-  sheet: string | null
+  sheet: string | null; whole: boolean
 }
+export interface Shards { events: number; shards: Shard[] }
 export interface Node { state: string; health: string; device: string; samples_per_second: number; shard: number | null; software: string; link: string | null }
 export interface Peer {
   owner: string; peer_id: string; node: Node | null; samples: number; accepted: number; void: number; invalid: number
@@ -84,12 +85,31 @@ export function linked(url: string): string {
 }
 
 const PEERS_SHOWN = 200
+const REFUSED_SHOWN = 200
 let kept: Everything | null = null
+let histories: Shards | null = null
+
+/** What is known of the shards, and what came after it: whole histories are megabytes in a long run. */
+export function together(known: Shards | null, found: Shards): Shards {
+  if (!known) return found
+  const shards = found.shards.map((shard, i) => {
+    const before = known.shards[i]
+    if (shard.whole || !before) return shard
+    return { ...shard, whole: true, accepted: [...before.accepted, ...shard.accepted], refused: [...before.refused, ...shard.refused].slice(-REFUSED_SHOWN) }
+  })
+  return { events: found.events, shards }
+}
+
+async function readShards(): Promise<Shards> {
+  const known = histories
+  histories = together(known, await get<Shards>(known && !exported ? `shards?after=${known.events}` : 'shards'))
+  return histories
+}
 
 export async function readAll(): Promise<Everything> {
   if (exported && kept) return kept
   const [run, shards, peers, series, pictures] = await Promise.all([
-    get<Run>('run'), get<{ shards: Shard[] }>('shards'), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
+    get<Run>('run'), readShards(), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
     get<Series>('metrics'), get<Pictures>('gallery'),
   ])
   kept = { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, pictures }

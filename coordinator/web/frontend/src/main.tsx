@@ -19,6 +19,8 @@ const REFRESH_SECONDS = 10
 /** Without an event the live numbers are read again so often. */
 const SETTLE_SECONDS = 1
 /** Events that come close together are read at once. */
+const SPREAD_SECONDS = 4
+/** Open pages read at different moments after an event, so that the coordinator answers them one after the other. */
 const PARTS = ['join', 'gallery', 'health', 'coverage', 'curves', 'people', 'events']
 
 function App() {
@@ -29,8 +31,16 @@ function App() {
   useEffect(() => {
     let ended = false
     let timer: ReturnType<typeof setTimeout> | undefined
-    const plan = (seconds: number) => { clearTimeout(timer); timer = setTimeout(read, 1000 * seconds) }
+    let due = 0
+    const plan = (seconds: number) => {
+      const at = Date.now() + 1000 * seconds
+      if (timer !== undefined && at >= due) return // it is read sooner already
+      clearTimeout(timer)
+      due = at
+      timer = setTimeout(read, 1000 * seconds)
+    }
     const read = async () => {
+      timer = undefined
       try {
         const found = await readAll()
         if (!ended) { setAll(found); setProblem(''); setLink(true) }
@@ -40,7 +50,7 @@ function App() {
       if (!ended && !exported) plan(REFRESH_SECONDS)
     }
     void read()
-    const end = follow(() => plan(SETTLE_SECONDS), setLink)
+    const end = follow(() => plan(SETTLE_SECONDS + SPREAD_SECONDS * Math.random()), setLink)
     return () => { ended = true; clearTimeout(timer); end() }
   }, [])
   useEffect(() => { if (all) document.title = `${all.run.name} · Lutetia` }, [all?.run.name])

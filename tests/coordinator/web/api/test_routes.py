@@ -207,8 +207,9 @@ async def test_every_mixture_is_listed_and_found_by_its_digest(run: RecordedRun,
 
 async def test_shards_after_an_event_add_up_to_the_whole(run: RecordedRun) -> None:
     async with serving(run) as client:
-        known = (await client.get(f"{API}/shards")).json()["shards"]
-        head = run.source.ledger.head[0]
+        first = (await client.get(f"{API}/shards")).json()
+        known, head = first["shards"], first["events"]
+        assert head == run.source.ledger.head[0]
         run.accept(0, shard=1)
         run.driver.refuse(make_record(run.driver.manifest, PEERS[3], 0, 3, run.driver.state.run.shards[0].accepted), HOSTILE)
         run.write()
