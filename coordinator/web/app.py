@@ -16,7 +16,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from lutetia.coordinator.web.api.answers import RequestLimit, document_pieces
-from lutetia.coordinator.web.api.routes import api_router
+from lutetia.coordinator.web.api.routes import api_router, disk_free
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.connections import (
     BACKLOG,
@@ -28,7 +28,7 @@ from lutetia.coordinator.web.connections import (
     origin_of_host,
 )
 from lutetia.coordinator.web.frontend import frontend_router
-from lutetia.coordinator.web.metrics import metrics_text
+from lutetia.coordinator.web.metrics import ServerFacts, metrics_text
 from lutetia.coordinator.web.page import render_page
 from lutetia.coordinator.web.rendered import Rendered
 from lutetia.coordinator.web.request_pace import RequestPace
@@ -73,7 +73,8 @@ def build_app(
     )  # fmt: skip
     app.add_middleware(RequestPace, rate=rate)
     slots = AnswerSlots(max(1, rate.answers_at_once // 2))
-    pages, texts, metrics = Rendered(produce, _page), Rendered(produce, canonical), Rendered(produce, metrics_text)
+    pages, texts = Rendered(produce, _page), Rendered(produce, canonical)
+    metrics = Rendered(produce, lambda status: metrics_text(status, _server_facts(rate, source)))
 
     @app.get("/plain", include_in_schema=False)
     async def plain_page() -> StreamingResponse:
@@ -85,6 +86,8 @@ def build_app(
 
     @app.get("/metrics", include_in_schema=False)
     async def prometheus() -> StreamingResponse:
+        if source:
+            await source.up_to_date()
         return _document(metrics.latest(), "text/plain; version=0.0.4; charset=utf-8")
 
     @app.head("/blobs/{digest}", include_in_schema=False)
@@ -102,6 +105,12 @@ def build_app(
         app.include_router(api_router(source, limit))
         app.include_router(frontend_router())
     return app
+
+
+def _server_facts(rate: RateLimit, source: RunSource | None) -> ServerFacts:
+    if source is None:
+        return ServerFacts(rate.taken)
+    return ServerFacts(rate.taken, source.history, source.manifest().expires, disk_free(source.folder.root))
 
 
 def _page(status: SwarmStatus) -> bytes:

@@ -1,29 +1,91 @@
-"""The status document as Prometheus metrics, in base units and with few labels."""
+"""The coordinator's process, its run and the status document as Prometheus metrics, in base units and with few labels."""
 
 from __future__ import annotations
 
 from collections import Counter as Tally
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import get_args
 
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lutetia.coordinator.ledger.status_builder import Health
+from lutetia.coordinator.web.api.history import History
 from lutetia.protocol.schema.status import SwarmStatus
+
+STALL_KINDS = ("shard", "lineage", "audit", "node", "ledger")
+"""Kinds of stalls of the status document; others are counted under their own names."""
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What the metrics show besides the status document.
+
+    Args:
+        sent: bytes of blobs sent to peers and over HTTP since the process started.
+        history: of the ledger's events; None: it is not shown.
+        expires: when the manifest expires, in Unix seconds; None: not shown.
+        disk_free: free bytes of the disk with the run's folder; None: not known.
+    """
+
+    sent: int = 0
+    history: History | None = None
+    expires: float | None = None
+    disk_free: int | None = None
 
 
 class _StatusCollector(Collector):
     """The metrics of one document."""
 
-    def __init__(self, status: SwarmStatus) -> None:
-        self._status = status
+    def __init__(self, status: SwarmStatus, facts: ServerFacts) -> None:
+        self._status, self._facts = status, facts
 
     def collect(self) -> Iterator[Metric]:
+        yield from _server_metrics(self._status, self._facts)
         yield from _run_metrics(self._status)
+        yield from _stall_metrics(self._status)
         yield from _check_metrics(self._status)
         yield from _shard_metrics(self._status)
+
+
+def _server_metrics(status: SwarmStatus, facts: ServerFacts) -> Iterator[Metric]:
+    build = GaugeMetricFamily("lutetia_build_info", "1; the labels say what runs.", labels=["version", "manifest_version"])
+    build.add_metric([status.software, str(status.manifest_version)], 1)
+    yield build
+    yield CounterMetricFamily("lutetia_blob_sent_bytes", "Bytes of blobs sent to peers and over HTTP.", facts.sent)
+    if facts.disk_free is not None:
+        yield GaugeMetricFamily("lutetia_disk_free_bytes", "Free bytes of the disk with the run's folder.", facts.disk_free)
+    if facts.expires is not None:
+        yield GaugeMetricFamily("lutetia_manifest_expires_seconds", "When the manifest expires, Unix seconds.", facts.expires)
+    if facts.history is not None:
+        refusals = CounterMetricFamily(
+            "lutetia_shard_refusals", "Results refused for good, by shard and check.", labels=["shard", "check"]
+        )
+        for index, shard in sorted(facts.history.shards.items()):
+            for check, count in sorted(shard.refusals.items()):
+                refusals.add_metric([str(index), check], count)
+        yield refusals
+        yield CounterMetricFamily(
+            "lutetia_accepted_bytes", "Bytes of the weights of all accepted results.", facts.history.weights_bytes
+        )
+        yield CounterMetricFamily(
+            "lutetia_samples_accepted", "Samples of accepted results, void ones included.", facts.history.trained
+        )
+
+
+def _stall_metrics(status: SwarmStatus) -> Iterator[Metric]:
+    """The red lines by kind: of shards all, of the others those that the document has room for."""
+    stalls = GaugeMetricFamily("lutetia_stalls", "What does not go on, by kind.", labels=["kind"])
+    since = GaugeMetricFamily("lutetia_stalls_oldest_seconds", "Since when the oldest does not, Unix seconds.", labels=["kind"])
+    tally = Tally(stall.kind for stall in status.stalls)
+    tally["shard"] = len(status.stalled_shards)
+    for kind in dict.fromkeys((*STALL_KINDS, *tally)):
+        stalls.add_metric([kind], tally[kind])
+        if moments := [stall.since for stall in status.stalls if stall.kind == kind]:
+            since.add_metric([kind], min(moments))
+    yield from (stalls, since)
 
 
 def _run_metrics(status: SwarmStatus) -> Iterator[Metric]:
@@ -64,6 +126,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     epochs = GaugeMetricFamily("lutetia_shard_epochs", "Accepted checkpoints.", labels=["shard"])
     budget = GaugeMetricFamily("lutetia_shard_budget_epochs", "Budget of the shard in accepted checkpoints.", labels=["shard"])
     loss = GaugeMetricFamily("lutetia_shard_holdout_loss", "Held-out loss of the accepted checkpoint.", labels=["shard"])
+    samples = GaugeMetricFamily("lutetia_shard_samples", "Samples of the accepted checkpoint.", labels=["shard"])
     last = GaugeMetricFamily("lutetia_shard_last_accepted_seconds", "Unix time of the last acceptance.", labels=["shard"])
     copies = GaugeMetricFamily("lutetia_shard_copies", "Peers that hold the accepted checkpoint.", labels=["shard"])
     stalls = frozenset(status.stalled_shards)
@@ -76,6 +139,7 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
         label = [str(shard.shard)]
         epochs.add_metric(label, shard.epoch)
         budget.add_metric(label, shard.epochs)
+        samples.add_metric(label, shard.samples)
         stalled.add_metric(label, int(shard.shard in stalls))
         if shard.holdout_loss is not None:
             loss.add_metric(label, shard.holdout_loss)
@@ -83,9 +147,13 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
             last.add_metric(label, shard.last_accepted)
         if shard.copies is not None:
             copies.add_metric(label, shard.copies)
-    yield from (epochs, budget, loss, last, copies, stalled, states)
+    yield from (epochs, budget, samples, loss, last, copies, stalled, states)
 
 
-def metrics_text(status: SwarmStatus) -> bytes:
-    """The exposition text of `status`."""
-    return generate_latest(_StatusCollector(status))
+def metrics_text(status: SwarmStatus, facts: ServerFacts | None = None) -> bytes:
+    """The exposition text of `status`, of `facts` and of this process."""
+    registry = CollectorRegistry()
+    registry.register(_StatusCollector(status, facts or ServerFacts()))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return generate_latest(registry)

@@ -27,11 +27,12 @@ _LOOK_SECONDS = 1.0
 
 
 class RateLimit:
-    """At most `bytes_per_second` over all streams together. None is no limit."""
+    """At most `bytes_per_second` over all streams together. None is no limit. `taken`: bytes that were asked for so far."""
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self.bytes_per_second = self._rate = bytes_per_second
         self._free_at = 0.0
+        self.taken = 0
 
     @property
     def answers_at_once(self) -> int:
@@ -39,6 +40,7 @@ class RateLimit:
         return max(1, min(MAX_STREAMS, int(self._rate * STALL_TIMEOUT / (2 * PIECE)))) if self._rate else MAX_STREAMS
 
     async def take(self, count: int) -> None:
+        self.taken += count
         if self._rate:
             now = asyncio.get_running_loop().time()
             self._free_at = max(self._free_at, now) + count / self._rate
@@ -46,6 +48,7 @@ class RateLimit:
                 await asyncio.sleep(self._free_at - now)
             except asyncio.CancelledError:
                 self._free_at -= count / self._rate  # not sent
+                self.taken -= count
                 raise
 
 

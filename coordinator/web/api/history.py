@@ -47,6 +47,8 @@ class ShardHistory:
     initial_loss: float | None = None
     accepted: list[AcceptedPoint] = field(default_factory=list)
     refused: list[RefusedPoint] = field(default_factory=list)
+    refusals: dict[str, int] = field(default_factory=dict)
+    """How many results were refused for good, by check."""
     dropped: int = 0
     """Number of the last event that made accepted results void; 0: none did."""
 
@@ -76,6 +78,8 @@ class History:
     shards: dict[int, ShardHistory] = field(default_factory=dict)
     authors: dict[str, AuthorHistory] = field(default_factory=dict)
     weights_bytes: int = 0
+    trained: int = 0
+    """Samples of all accepted results, void ones included."""
     routers: list[RouterPoint] = field(default_factory=list)
     mixtures: list[MixturePoint] = field(default_factory=list)
     _before: Annotated[dict[tuple[int, int], int], AsPairs()] = field(default_factory=dict)
@@ -143,6 +147,7 @@ class History:
         )  # fmt: skip
         self._before[given.shard, given.epoch] = given.samples
         self.weights_bytes += given.weights.size
+        self.trained += point.trained
         self.shard(given.shard).accepted.append(point)
         author = self.author(given.author)
         author.samples, author.accepted, author.last_accepted = author.samples + point.trained, author.accepted + 1, time
@@ -170,7 +175,9 @@ class History:
             event=number, time=event.time, shard=event.shard, epoch=event.epoch, owner=event.owner, checkpoint=event.checkpoint,
             verdict=event.verdict, check=event.check, text=event.text,
         )  # fmt: skip
-        _keep(self.shard(event.shard).refused, point)
+        shard = self.shard(event.shard)
+        shard.refusals[event.check] = shard.refusals.get(event.check, 0) + 1
+        _keep(shard.refused, point)
         author = self.author(event.owner)
         author.invalid += event.verdict == "invalid"
         _keep(author.refused, point)
