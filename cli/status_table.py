@@ -159,7 +159,7 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
         {
             "NODE": short_peer(node.peer_id),
             "NAME": node.name or "-",
-            "EXPERT": "-" if node.shard is None else f"{node.shard:03d}",
+            "EXPERT": ",".join(f"{shard:03d}" for shard in node.shards or (node.shard,) if shard is not None) or "-",
             "DOING": node.state,
             "DEVICE": node.device,
             "SPEED": f"{node.samples_per_second:.1f}/s",

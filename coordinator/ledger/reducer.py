@@ -60,8 +60,10 @@ from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
     HISTORY,
     LOSS_CHECKS,
+    PACES,
     AcceptedEpoch,
     Changes,
+    Pace,
     RunState,
     ShardLedger,
     WaitingResult,
@@ -266,6 +268,17 @@ def _forgiven(state: RunState, shard: ShardLedger) -> Changes:
     return {"peers": peers, "rejected": max(0, rejected)}
 
 
+def _paced(before: Pace | None, now: float, resumed: float) -> Pace:
+    """The pace after one more accepted epoch: half of it is what this epoch took, unless the run was paused meanwhile.
+
+    `resumed`: when the run was resumed last, in Unix seconds.
+    """
+    if before is None or before.last_accepted < resumed:
+        return Pace(now, before and before.interval)
+    latest = max(0.0, now - before.last_accepted)
+    return Pace(now, latest if before.interval is None else (before.interval + latest) / 2)
+
+
 def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
     given = event.acceptance
     shard = shard_of(state, given.shard)
@@ -281,13 +294,12 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
         candidates=candidates, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     peer = state.peer(given.author)
-    interval = peer.interval if peer.shard == given.shard else None
-    if peer.shard == given.shard and peer.last_accepted is not None and peer.last_accepted >= state.resumed:
-        latest = max(0.0, event.time - peer.last_accepted)
-        interval = latest if interval is None else (interval + latest) / 2
+    pace = _paced(state.pace(given.author, given.shard), event.time, state.resumed)
+    others = [(index, known) for index, known in peer.paces.items() if index != given.shard][1 - PACES :]
     peer = peer.updated(
         accepted=peer.accepted + 1, streak=peer.streak if peer.build == event.build else 0, build=event.build,
-        shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=interval,
+        shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=pace.interval,
+        paces=dict([*others, (given.shard, pace)]),
     )  # fmt: skip
     return {
         "shards": state.shards.set(given.shard, shard), "peers": state.peers.set(given.author, peer),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypedDict, Unpack
+from typing import Annotated, NamedTuple, TypedDict, Unpack
 
 from lutetia.coordinator.credit.accounts import PeerCredit
 from lutetia.coordinator.ledger.events import (
@@ -30,6 +30,8 @@ LOSS_CHECKS: frozenset[CheckName] = frozenset({"holdout", "raw"})
 """Honest training can fail these: what they find depends on the parent and on a few held-out clips."""
 BUDGETS = 3
 """Different epoch budgets that are remembered."""
+PACES = 64
+"""Shards of which a peer's pace is remembered."""
 HISTORY = 64
 """Accepted epochs of a shard that can still be audited and rolled back."""
 
@@ -186,6 +188,13 @@ class ShardLedger:
         return self.lineage[place - 1] if place else None
 
 
+class Pace(NamedTuple):
+    """How fast a peer's results of one shard are accepted: when the last one was, in Unix seconds, and seconds per epoch."""
+
+    last_accepted: float
+    interval: float | None
+
+
 class PeerChanges(TypedDict, total=False):
     """New values for fields of PeerLedger."""
 
@@ -202,6 +211,7 @@ class PeerChanges(TypedDict, total=False):
     checkpoint: str | None
     last_accepted: float | None
     interval: float | None
+    paces: Mapping[int, Pace]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +244,8 @@ class PeerLedger:
     """When that was accepted: Unix seconds."""
     interval: float | None = None
     """Measured seconds per accepted epoch on `shard`."""
+    paces: Mapping[int, Pace] = field(default_factory=dict)
+    """By shard, those of the last PACES shards: the devices of one peer train several at a time."""
 
     def updated(self, **changes: Unpack[PeerChanges]) -> PeerLedger:
         return replace(self, **changes)
@@ -342,6 +354,12 @@ class RunState:
     """Results found invalid."""
     events: int = 0
     """Events in the ledger."""
+
+    def pace(self, owner: str, shard: int) -> Pace | None:
+        """The peer's pace on the shard; None unless its last accepted result or the shard's newest epoch shows it there."""
+        peer, acceptance = self.peer(owner), self.shards[shard].acceptance
+        at_it = peer.shard == shard or (acceptance is not None and acceptance.author == owner)
+        return peer.paces.get(shard) if at_it else None
 
     def peer(self, owner: str) -> PeerLedger:
         return self.peers.get(owner, _UNKNOWN_PEER)

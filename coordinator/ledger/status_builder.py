@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
-from lutetia.coordinator.ledger.run_state import PeerLedger, RunState
+from lutetia.coordinator.ledger.run_state import Pace, RunState
 from lutetia.coordinator.ledger.stalls import (
     ShardFacts,
     audit_stalls,
@@ -81,14 +81,14 @@ class LiveView:
     """By shard: what a check of it that is lent to nodes waits for."""
 
 
-def allowance(peer: PeerLedger, shard: int, manifest: Manifest) -> float:
-    """Seconds within which the peer's next acceptance on the shard is due.
+def allowance(pace: Pace | None, manifest: Manifest) -> float:
+    """Seconds within which a peer's next acceptance on a shard is due.
 
     Twice its measured seconds per accepted epoch on this shard plus a lease; before two acceptances the tenure. What the peer
     reports about itself does not count.
     """
-    if peer.shard == shard and peer.interval is not None:
-        return 2 * peer.interval + manifest.timing.lease
+    if pace is not None and pace.interval is not None:
+        return 2 * pace.interval + manifest.timing.lease
     return _tenure(manifest)
 
 
@@ -105,20 +105,26 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in barred:
             claims[claim.record.shard].append(claim)
     held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
-    holders = {claim.record.owner: claim for claim in held.values() if claim}
+    holders: dict[str, list[Sighting[ClaimRecord]]] = defaultdict(list)
+    for claim in held.values():
+        if claim:
+            holders[claim.record.owner].append(claim)
     online = [
         node for node in live.nodes if node.expires > now and node.record.state != "left" and node.record.owner not in banned
     ]
     nodes = shown_nodes(state, online, holders)
     shards = tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards)))
-    shown = tuple(_node_status(state, manifest, node, holders.get(node.record.owner), live.connections, now) for node in nodes)
+    shown = tuple(
+        _node_status(state, manifest, node, holders.get(node.record.owner, []), live.connections, now) for node in nodes
+    )
     stalled = _stalled_shards(state, manifest, shards, live, sum(node.health == "standby" for node in shown), now)
     orders = manifest.orders
     if is_quiet(manifest, now):
         stalled = []
-    overdue = {node.record.owner: _overdue_since(state, manifest, holders.get(node.record.owner)) for node in nodes}
     stalled_nodes = [
-        stall for node in shown if (stall := node_stall(state, node.owner, node.health, node.shard, overdue[node.owner]))
+        stall
+        for node in shown
+        if (stall := node_stall(state, node.owner, node.health, node.shard, _overdue_since(state, manifest, held, node.shard)))
     ]
     return SwarmStatus(
         run=state.run,
@@ -195,10 +201,9 @@ def _held_claim(
 def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> tuple[float | None, float]:
     """Unix seconds: (until when the claimant's last acceptance covers it, until when its claim alone does)."""
     shard = claim.record.shard
-    peer = state.peer(claim.record.owner)
-    allowed, resumed = allowance(peer, shard, manifest), manifest.orders.resumed or 0.0
-    last = peer.last_accepted if peer.shard == shard else None
-    covered = None if last is None else max(last, resumed) + allowed
+    pace, resumed = state.pace(claim.record.owner, shard), manifest.orders.resumed or 0.0
+    allowed = allowance(pace, manifest)
+    covered = None if pace is None else max(pace.last_accepted, resumed) + allowed
     return covered, max(claim.since, resumed) + allowed
 
 
@@ -248,8 +253,11 @@ def _stalled_shards(
     return [stall for index in facts if (stall := shard_stall(state, manifest, index, facts[index], now))]
 
 
-def _overdue_since(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord] | None) -> float | None:
-    """When the holder's next acceptance was due, in Unix seconds; None without a claim."""
+def _overdue_since(
+    state: RunState, manifest: Manifest, held: Mapping[int, Sighting[ClaimRecord] | None], shard: int | None
+) -> float | None:
+    """When the next acceptance of the shard's holder was due, in Unix seconds; None without a holder."""
+    claim = held.get(shard) if shard is not None else None
     return max(moment for moment in _due(state, manifest, claim) if moment is not None) if claim else None
 
 
@@ -267,21 +275,23 @@ def _node_status(
     state: RunState,
     manifest: Manifest,
     node: Sighting[NodeRecord],
-    claim: Sighting[ClaimRecord] | None,
+    claims: Sequence[Sighting[ClaimRecord]],
     connections: Mapping[str, str],
     now: float,
 ) -> NodeStatus:
     record = node.record
     link = link_of(connections.get(_peer_id_of(record.owner)))
     peer = state.peer(record.owner)
+    health, shard = _health(state, manifest, record, claims, now)
     return NodeStatus(
         owner=record.owner,
         peer_id=_peer_id_of(record.owner),
         state=record.state,
-        health=_health(state, manifest, record, claim, now),
+        health=health,
         device=record.hardware.device,
         samples_per_second=record.samples_per_second,
-        shard=claim.record.shard if claim else None,
+        shard=shard,
+        shards=tuple(claim.record.shard for claim in claims) if len(claims) > 1 else (),
         accepted=peer.accepted,
         rejected=peer.rejected,
         last_accepted=peer.last_accepted,
@@ -298,13 +308,26 @@ def link_of(address: str | None) -> Literal["direct", "relayed"] | None:
     return None if address is None else "relayed" if "/p2p-circuit" in address else "direct"
 
 
-def _health(state: RunState, manifest: Manifest, record: NodeRecord, claim: Sighting[ClaimRecord] | None, now: float) -> Health:
+def _health(
+    state: RunState, manifest: Manifest, record: NodeRecord, claims: Sequence[Sighting[ClaimRecord]], now: float
+) -> tuple[Health, int | None]:
+    """The node's health, and the shard that shows it. A node that holds several is overdue if it is so on any of them."""
+    shard = claims[0].record.shard if claims else None
     if record.owner in state.quarantined:
-        return "quarantined"
-    if record.state == "paused" or (claim and manifest.orders.paused):
-        return "paused"
-    if claim is None or state.shards[claim.record.shard].epoch >= state.epochs:
-        return "starting" if record.state in ("joining", "probing") else "standby"
+        return "quarantined", shard
+    if record.state == "paused" or (claims and manifest.orders.paused):
+        return "paused", shard
+    found: dict[Health, int] = {}
+    for claim in claims:
+        if state.shards[claim.record.shard].epoch < state.epochs:
+            found.setdefault(_health_on(state, manifest, claim, now), claim.record.shard)
+    if not found:
+        return "starting" if record.state in ("joining", "probing") else "standby", shard
+    worst: tuple[Health, ...] = ("overdue", "working", "starting")
+    return next((health, found[health]) for health in worst if health in found)
+
+
+def _health_on(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord], now: float) -> Health:
     covered, patience = _due(state, manifest, claim)
     if covered is not None and now <= covered:
         return "working"

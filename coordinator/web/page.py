@@ -83,7 +83,7 @@ def _nodes(status: SwarmStatus) -> str:
 def _node(node: NodeStatus, now: float) -> str:
     return (
         f"<tr><td><code>…{_text(node.peer_id[-8:])}</code></td><td>{_text(node.device)}</td>"
-        f"<td>{'–' if node.shard is None else f'{node.shard:03d}'}</td>"
+        f"<td>{', '.join(f'{shard:03d}' for shard in node.shards or (node.shard,) if shard is not None) or '–'}</td>"
         f"<td class=n>{node.accepted}</td><td class=n>{node.rejected}</td>"
         f"<td class=n>{_ago(node.last_accepted, now)}</td><td class={node.health}>{node.health}</td>"
         f"<td class=soft>{_text(node.state)}</td></tr>"

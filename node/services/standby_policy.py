@@ -22,7 +22,9 @@ WAVES = (1, 3, NODE_BUCKETS - 4)
 
 
 def is_standby(node: NodeRecord) -> bool:
-    """Whether the node could take a shard: it has none, and an expert of the run works on it."""
+    """Whether the node could take a shard: it has none, or a device of it has none, and an expert of the run works on it."""
+    if node.devices:
+        return any(device.state in FREE and device.samples_per_second > 0 for device in node.devices)
     return node.state in FREE and node.samples_per_second > 0
 
 
@@ -71,7 +73,7 @@ def shards_to_watch(run: str, owner: str, nodes: Sequence[NodeRecord], shards: i
     Empty if no expert of the run works on its machine. `nodes`: all, or as many as `has_enough_standbys` needs.
     """
     own = next((node for node in nodes if node.owner == owner), None)
-    if own is None or own.state not in FREE:
+    if own is None or not (own.state in FREE or is_standby(own)):
         return None
     return assign_shards(run, [node.owner for node in nodes if is_standby(node)], shards, lease_number).get(owner, frozenset())
 

@@ -28,6 +28,7 @@ from lutetia.protocol.schema.fields import (
     Share,
     Tally,
     Word,
+    added,
 )
 from lutetia.protocol.schema.ledger_head import SignedHead
 
@@ -106,7 +107,12 @@ class NodeStatus(TolerantDocument):
     health: OpenWord = Field(description="`working` only while its own results are being accepted in time (invariant I6)")
     device: Word = Field(description="Kind of device, for instance cpu or cuda")
     samples_per_second: Rate = Field(description="Training speed in samples per second, as measured by itself")
-    shard: ShardIndex | None = Field(default=None, description="Index of the shard that it holds; null: none")
+    shard: ShardIndex | None = Field(
+        default=None, description="Index of the shard that it holds, of several the one that `health` speaks of; null: none"
+    )
+    shards: tuple[ShardIndex, ...] = added(
+        (), "Indexes of the shards that its devices hold, if there are several", max_length=MOST_SHARDS
+    )
     accepted: Tally = Field(default=0, description="Its accepted results")
     rejected: Tally = Field(default=0, description="Its results that were found invalid")
     last_accepted: Moment | None = Field(default=None, description="Time of its last acceptance in Unix seconds")

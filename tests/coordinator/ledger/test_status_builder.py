@@ -85,12 +85,35 @@ def test_a_peer_is_starting_then_working_then_overdue():
     assert seen(driver, PEERS[0], began)[1].health == "working"
     driver.now += 10
     accept(driver, PEERS[0])
-    pace = allowance(driver.state.run.peer(PEERS[0].public_key), 0, driver.manifest)
+    pace = allowance(driver.state.run.pace(PEERS[0].public_key, 0), driver.manifest)
     assert pace == 2 * 10 + driver.manifest.timing.lease
     driver.now += pace
     assert seen(driver, PEERS[0], began)[1].health == "working"
     driver.now += 1
     assert seen(driver, PEERS[0], began)[1].health == "overdue"
+
+
+def test_a_peer_with_two_devices_is_judged_by_each_of_its_shards():
+    """Their acceptances take turns, so the peer's last one alone would say nothing of the other shard."""
+    driver = drive_judge(epochs=10)
+    run, lease = driver.manifest.run_id, driver.manifest.timing.lease
+
+    def entry() -> NodeStatus:
+        claims = [claim(run, PEERS[0], driver.now, shard, since=0.0) for shard in (0, 1)]
+        document = status(driver.state.run, driver.manifest, LiveView([node(run, PEERS[0], driver.now)], claims), driver.now)
+        assert [shard.owner for shard in document.shards[:2]] == [PEERS[0].public_key] * 2
+        return document.nodes[0]
+
+    for _ in range(3):
+        for shard in (0, 1):
+            driver.now += 10
+            accept(driver, PEERS[0], shard)
+    assert allowance(driver.state.run.pace(PEERS[0].public_key, 0), driver.manifest) == 2 * 20 + lease
+    assert (entry().health, entry().shards) == ("working", (0, 1))
+    for _ in range(8):  # one device goes on, the other does not
+        driver.now += lease
+        accept(driver, PEERS[0], shard=1)
+    assert (entry().health, entry().shard) == ("overdue", 0)
 
 
 def test_work_on_another_shard_does_not_count_here():

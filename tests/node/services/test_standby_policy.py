@@ -12,11 +12,12 @@ from lutetia.node.services.standby_policy import (
     assign_shards,
     buckets_before,
     has_enough_standbys,
+    is_standby,
     read_interval_factor,
     shards_to_watch,
 )
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.records import NODE_BUCKETS, Hardware, NodeRecord, NodeState, node_bucket
+from lutetia.protocol.schema.records import NODE_BUCKETS, DeviceEntry, Hardware, NodeRecord, NodeState, node_bucket
 
 RUN = "ab" * 32
 PEER = Identity.derived("any peer").peer_id
@@ -70,6 +71,17 @@ def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], l
 
 def test_node_not_listed_as_free_watches_all_shards():
     assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+
+
+def test_node_with_a_free_device_is_a_standby_while_another_trains():
+    entries = tuple(
+        DeviceEntry(device=f"cuda:{number}", state=state, samples_per_second=1.0)
+        for number, state in enumerate(("training", "idle"))
+    )
+    busy = node(0, "training").model_copy(update={"devices": entries})
+    assert is_standby(busy)
+    assert shards_to_watch(RUN, busy.owner, [busy], 3, 0) == frozenset({0, 1, 2})
+    assert not is_standby(busy.model_copy(update={"devices": entries[:1]}))
 
 
 def test_node_without_a_working_expert_watches_nothing():

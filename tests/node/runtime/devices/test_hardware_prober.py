@@ -64,6 +64,19 @@ async def test_failed_probe_keeps_the_previous_result(tmp_path: Path):
     await prober.trainer.close()
 
 
+async def test_result_of_other_hardware_is_not_used_again(tmp_path: Path):
+    """A saved result said `cpu` for good, also to a daemon that was restarted after the driver had come up."""
+    run, marks = make_run(tmp_path / "run"), iter(("without a card", "without a card", "with a card"))
+    first = await (before := prober_of(run, tmp_path, lambda: next(marks))).probe(run.manifest)
+    child = await before.trainer.take()
+    again = prober_of(run, tmp_path, lambda: next(marks))
+    assert await again.probe(run.manifest) == first
+    changed = prober_of(run, tmp_path, lambda: next(marks))
+    changed.trainer.adopt(child)
+    assert (await changed.probe(run.manifest)).question != first.question
+    await changed.trainer.close()
+
+
 async def test_a_node_that_probes_is_announced_as_joining(tmp_path: Path):
     """Nobody saw it before for up to five minutes."""
     state, hardware, rate, *_ = summary_of([DeviceFacts("cpu", "probing", None, 0.0, None)])
