@@ -11,6 +11,7 @@ Faults: a picture that cannot be decoded, or is built on one, is missing. A vide
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -25,12 +26,14 @@ from av.video.frame import VideoFrame
 from lutetia.models.data.decode.cut import ClipLook, ClipRefused, Cut, Frames
 from lutetia.models.data.decode.media import Media, open_media
 from lutetia.models.data.decode.overrun import CODECS, OverrunCheck
-from lutetia.models.data.decode.picture import filtered, picture_of
+from lutetia.models.data.decode.picture import filtered, is_turned, picture_of
+from lutetia.models.data.decode.pillow.still import is_still, still_look, still_pictures
+from lutetia.models.data.decode.pillow.webp import is_webp, webp_look, webp_pictures
 from lutetia.models.data.decode.timeline import Track, moments
-from lutetia.models.data.decode.webp import is_webp, webp_look, webp_pictures
 from lutetia.models.data.ingest.webdataset import TarMember
 
 _SEEK_BEYOND = 5  # seconds; before that, decoding from the start is as fast, and always exact
+_FIRST_PACKETS = 64  # among which the first picture is, if the video can be decoded at all
 _LOOK_AHEAD = 4  # pictures after the last one wanted: a picture may be built on one that is shown later
 
 
@@ -51,7 +54,10 @@ def hash_file(path: Path | TarMember) -> str:
 def decode_clip(path: Path | TarMember, cut: Cut) -> Frames:
     """The clip as uint8 [F, H, W, 3]. Raises ClipRefused if it cannot be decoded, is damaged, empty or too short."""
     try:
-        pictures = webp_pictures(path, cut) if is_webp(path) else _video_pictures(path, cut)
+        if is_still(path):
+            pictures = still_pictures(path, cut)
+        else:
+            pictures = webp_pictures(path, cut) if is_webp(path) else _video_pictures(path, cut)
     except (FFmpegError, OSError, ValueError, SyntaxError, MemoryError) as error:
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
         raise ClipRefused(f"{path.name} cannot be decoded ({lines[0].rstrip('.')}); remove it or encode it again") from error
@@ -102,18 +108,34 @@ def scan(path: Path | TarMember) -> Track:
 
 
 def look_at(path: Path | TarMember) -> ClipLook:
-    """Size, duration and frame rate of a clip, without decoding it. Raises ClipRefused."""
+    """Size as it is shown, duration and frame rate of a clip; at most one picture is decoded. Raises ClipRefused."""
     try:
+        if is_still(path):
+            return still_look(path)
         if is_webp(path):
             return webp_look(path)
         track = scan(path)
-        with open_media(path) as media:
-            context = media.stream.codec_context
-            height, width = context.height, context.width
+        height, width = _shown_size(path, track)
     except (FFmpegError, OSError, ValueError, SyntaxError, MemoryError) as error:
         lines = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
         raise ClipRefused(f"{path.name} cannot be read ({lines[0].rstrip('.')}); remove it or encode it again") from error
     return ClipLook(height, width, float(track.timeline.duration), len(track.stamps))
+
+
+def _shown_size(path: Path | TarMember, track: Track) -> tuple[int, int]:
+    """Height and width with square pixels, upright: a phone writes a wide picture, and how to turn it."""
+    with open_media(path) as media:
+        context = media.stream.codec_context
+        height, width, turned = context.height, round(context.width * track.aspect), False
+        for packet in itertools.islice(media.container.demux(media.stream), _FIRST_PACKETS):
+            try:
+                frames = media.decoder.decode(packet)
+            except FFmpegError:
+                continue  # a damaged picture is found when the clip is decoded
+            if frames:
+                turned = is_turned(frames[0])
+                break
+    return (width, height) if turned else (height, max(1, width))
 
 
 class _Search:

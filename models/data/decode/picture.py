@@ -30,13 +30,13 @@ def picture_of(name: str, frame: VideoFrame, aspect: Fraction, cut: Cut) -> Fram
     """
     if not 1 / _MOST_ASPECT <= aspect <= _MOST_ASPECT:
         raise ClipRefused(f"{name} says that its pixels are {float(aspect):.3g} times as wide as high; encode it again")
-    is_turned, flip_x, flip_y = _orientation(frame)
-    height, width = (cut.width, cut.height) if is_turned else (cut.height, cut.width)
+    turned, flip_x, flip_y = _orientation(frame)
+    height, width = (cut.width, cut.height) if turned else (cut.height, cut.width)
     frame = _cropped(frame, float(aspect), height, width)
     rows, columns = covering(frame.height, float(frame.width * aspect), height, width)
     scaling = _AREA if rows < frame.height else _BICUBIC
     picture = centre(_pixels(frame, rows, columns, scaling), height, width)
-    picture = picture.swapaxes(0, 1) if is_turned else picture
+    picture = picture.swapaxes(0, 1) if turned else picture
     return np.ascontiguousarray(picture[:: -1 if flip_y else 1, :: -1 if flip_x else 1])
 
 
@@ -61,6 +61,11 @@ def _orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     if abs(a) >= abs(b):
         return False, bool(a < 0), bool(d < 0)
     return True, bool(c < 0), bool(b < 0)
+
+
+def is_turned(frame: VideoFrame) -> bool:
+    """Whether rows and columns are swapped when the picture is shown."""
+    return _orientation(frame)[0]
 
 
 def _cropped(frame: VideoFrame, aspect: float, height: int, width: int) -> VideoFrame:

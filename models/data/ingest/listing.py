@@ -1,6 +1,7 @@
 """List a folder of clips, with one caption per clip from `metadata.jsonl`, `metadata.csv` or `.txt` files of the same name.
 
-WebDataset archives (`.tar`) in it are read like folders.
+WebDataset archives (`.tar`) in it are read like folders. A still picture with a caption is a clip of one frame; beside a video of
+the same name it is the video's thumbnail, and without a caption it is passed over.
 
 Each folder may have one metadata file. A row has `file_name` (relative to the folder of that file) and `caption` or `text`, and
 optionally `kind` (the user's own label) and `split` (`train`, or `test` for clips that are not used for training and clustering;
@@ -23,6 +24,9 @@ VIDEO_SUFFIXES = frozenset({
     ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".webp",
     ".wmv", ".y4m",
 })  # fmt: skip
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
+"""Still pictures, which are clips of one frame. WebP and GIF may be either."""
+CLIP_SUFFIXES = VIDEO_SUFFIXES | PICTURE_SUFFIXES
 MAX_NAME = 1024
 _PACKED = (".zip", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst")
 
@@ -94,12 +98,13 @@ def read_listing(root: Path) -> Listing:
         text_name = folder.find(str(PurePosixPath(name).with_suffix(".txt")))
         _add_from_text_file(folder, name, text_name, listing)
         used.update((name, text_name))
+    used.update(_add_pictures(folder, used, listing))
     used.update(_read_archives(folder, listing))
     listing.unused += [BadClip(name, _why_unused(name)) for name in folder.chosen(lambda name: name not in used)]
     listing.unused += [BadClip(name, reason) for name, reason in sorted(folder.not_entered.items())]
     if not listing.clips and not listing.bad:
         held = f"; it holds {short}" if (short := listing.unused_in_short()) else ""
-        suffixes = ", ".join(sorted(suffix[1:] for suffix in VIDEO_SUFFIXES))
+        suffixes = ", ".join(sorted(suffix[1:] for suffix in CLIP_SUFFIXES))
         raise DataError(f"{root} holds no clips ({suffixes}, or tar archives of them){held}; name another folder")
     listing.clips.sort(key=lambda clip: clip.name)
     return listing
@@ -107,7 +112,9 @@ def read_listing(root: Path) -> Listing:
 
 def _why_unused(name: str) -> str:
     if suffix_of(name) == ".txt":
-        return "no video has this name"
+        return "no video or picture has this name"
+    if suffix_of(name) in PICTURE_SUFFIXES:
+        return "a picture without a caption of its own, or of the name of a video; with a caption it is a clip of one frame"
     if suffix_of(name) in _PACKED:
         return "an archive that is not read; unpack it, or pack it as a plain .tar"
     return "not a video by its suffix; convert it, or rename it if it is one"
@@ -148,8 +155,8 @@ def _path_problem(folder: Folder, row: Row) -> str | None:
     pure = PurePosixPath(row.given)
     if pure.is_absolute() or ".." in pure.parts:
         return "lies outside the folder; use a path relative to the folder"
-    if suffix_of(row.given) not in VIDEO_SUFFIXES:
-        return f"is not a supported video; use {', '.join(sorted(VIDEO_SUFFIXES))}"
+    if suffix_of(row.given) not in CLIP_SUFFIXES:
+        return f"is not a supported video or picture; use {', '.join(sorted(CLIP_SUFFIXES))}"
     if fault := folder.faults.get(row.name):
         return FAULTS[fault]
     if row.name not in folder.files:
@@ -176,6 +183,17 @@ def _add_from_text_file(folder: Folder, name: str, text_name: str, listing: List
     listing.add(_clip(name, folder.files[name], described({"caption": caption}), name))
 
 
+def _add_pictures(folder: Folder, used: set[str], listing: Listing) -> set[str]:
+    """Add still pictures that have a caption in a `.txt` file which no video took. Returns the names that were used."""
+    added: set[str] = set()
+    for name in folder.chosen(lambda name: suffix_of(name) in PICTURE_SUFFIXES and name not in used):
+        text_name = folder.find(str(PurePosixPath(name).with_suffix(".txt")))
+        if text_name in folder.files and text_name not in used | added:
+            _add_from_text_file(folder, name, text_name, listing)
+            added.update((name, text_name))
+    return added
+
+
 def _read_archives(folder: Folder, listing: Listing) -> set[str]:
     """Add the clips in archives. Returns the names of the archives."""
     compressed = list(folder.chosen(lambda name: name.lower().endswith(COMPRESSED)))
@@ -186,7 +204,7 @@ def _read_archives(folder: Folder, listing: Listing) -> set[str]:
             listing.bad.append(BadClip(name, f"{name} {FAULTS[fault]}"))
             continue
         try:
-            content = read_archive(folder.files[name], VIDEO_SUFFIXES)
+            content = read_archive(folder.files[name], VIDEO_SUFFIXES, PICTURE_SUFFIXES)
         except DataError as error:
             listing.bad.append(BadClip(name, str(error)))
             continue

@@ -79,10 +79,14 @@ class _Window(io.RawIOBase):
 
 @dataclass
 class Sample:
-    """The members that share a name up to its first dot. `texts` holds those that end in `txt` and `json`."""
+    """The members that share a name up to its first dot. `texts` holds those that end in `txt` and `json`.
+
+    `videos` holds still pictures where there is no video; beside one they are its thumbnails.
+    """
 
     key: str
     videos: list[TarMember] = field(default_factory=list)
+    pictures: list[TarMember] = field(default_factory=list)
     texts: dict[str, TarMember] = field(default_factory=dict)
 
 
@@ -94,8 +98,11 @@ class ArchiveContent:
     unused: list[str]
 
 
-def read_archive(archive: Path, videos: frozenset[str]) -> ArchiveContent:
-    """The samples with a member whose suffix is in `videos`. Raises DataError if the archive is not a complete plain tar."""
+def read_archive(archive: Path, videos: frozenset[str], pictures: frozenset[str] = frozenset()) -> ArchiveContent:
+    """The samples with a member whose suffix is in `videos`, or else in `pictures` and with a text.
+
+    Raises DataError if the archive is not a complete plain tar.
+    """
     samples: dict[str, Sample] = {}
     unused: list[str] = []
     for name, member in _members(archive):
@@ -106,10 +113,16 @@ def read_archive(archive: Path, videos: frozenset[str]) -> ArchiveContent:
         key = str(PurePosixPath(member.member).parent / key)
         if member.suffix.lower() in videos:
             samples.setdefault(key, Sample(key)).videos.append(member)
+        elif member.suffix.lower() in pictures:
+            samples.setdefault(key, Sample(key)).pictures.append(member)
         elif ending in ("txt", "json"):
             samples.setdefault(key, Sample(key)).texts[ending] = member
         else:
             unused.append(name)
+    for sample in samples.values():
+        if not sample.videos and sample.texts:
+            sample.videos, sample.pictures = sample.pictures, []
+    unused += [member.member for sample in samples.values() for member in sample.pictures]
     complete = [sample for sample in samples.values() if sample.videos]
     unused += [member.member for sample in samples.values() if not sample.videos for member in sample.texts.values()]
     return ArchiveContent(complete, sorted(unused))

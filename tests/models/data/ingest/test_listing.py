@@ -185,11 +185,11 @@ def test_whatever_is_not_used_is_named(folder: Path, tmp_path_factory: pytest.Te
     (folder / "linked").symlink_to(outside)
     listing = read_listing(rows(folder, A, B))
     assert {each.name: each.reason.split(";")[0] for each in listing.unused} == {
-        "b.jpg": "not a video by its suffix",
-        "deep/a.jpg": "not a video by its suffix",
+        "b.jpg": "a picture without a caption of its own, or of the name of a video",
+        "deep/a.jpg": "a picture without a caption of its own, or of the name of a video",
         "notes.doc": "not a video by its suffix",
         "more.zip": "an archive that is not read",
-        "gone.txt": "no video has this name",
+        "gone.txt": "no video or picture has this name",
         "linked": "a linked folder is not entered",
     }
     assert listing.unused_in_short().startswith("2 .jpg, 1 .")

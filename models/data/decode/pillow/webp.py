@@ -74,7 +74,7 @@ def webp_look(path: Path | TarMember) -> ClipLook:
 def _decoded(image: ImageFile, shown: list[int], cut: Cut) -> list[Frames]:
     from PIL import Image
 
-    box = _box(image.height, image.width, cut)
+    box = box_of(image.height, image.width, cut)
     scaling = Image.Resampling.BOX if box[3] - box[1] > cut.height else Image.Resampling.BICUBIC
     found: dict[int, Frames] = {}
     for number in range(max(shown) + 1):
@@ -85,7 +85,7 @@ def _decoded(image: ImageFile, shown: list[int], cut: Cut) -> list[Frames]:
     return [found[number] for number in shown]
 
 
-def _box(rows: int, columns: int, cut: Cut) -> tuple[float, float, float, float]:
+def box_of(rows: int, columns: int, cut: Cut) -> tuple[float, float, float, float]:
     """The middle of the picture that the clip shows: left, top, right, bottom."""
     scale = max(cut.height / rows, cut.width / columns)
     width, height = cut.width / scale, cut.height / scale
