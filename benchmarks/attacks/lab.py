@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from benchmarks.fuzz.examples import LATENT, OWNER, WAN
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding, secret_steps
@@ -27,9 +28,11 @@ from lutetia.models.device import Precision
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_io import Snapshot, write_state, write_weights
 from lutetia.models.training.replay import made_with
+from lutetia.models.training.states.compact import packed_state
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
+from lutetia.protocol.schema.capabilities import COMPACT
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, ShardSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
@@ -66,6 +69,8 @@ class Honest:
     precision: Precision = "float32"
     adapter: bool = False
     """Whether its experts are adapters on a base that was trained on other clips."""
+    compact: bool = False
+    """Whether checkpoints are published in the compact form."""
 
 
 def clips(seed: int, count: int, noise: float) -> ShardData:
@@ -78,6 +83,17 @@ def clips(seed: int, count: int, noise: float) -> ShardData:
     tokens = tokens + 0.3 * torch.randn(count, LATENT.text_tokens, LATENT.text_width, generator=draw)
     return ShardData(latents.half().float(), tokens.half().float(), tokens.mean(1)[:, : LATENT.pooled_width].half().float(),
                      [f"clip {n}" for n in range(count)], [""] * count)  # fmt: skip
+
+
+def _packed(snapshot: Snapshot) -> Snapshot:
+    """`snapshot` in the compact form, whatever a liar has changed in it."""
+
+    def numbers(tensors: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+        return {name: lambda tensor=tensor: snapshot.values(tensor).float() for name, tensor in tensors.items()}
+
+    averages = {name: snapshot.values(tensor).bfloat16().float() for name, tensor in snapshot.ema.items()}
+    packed, sources = packed_state(numbers(snapshot.parameters), averages, numbers(snapshot.moments))
+    return replace(snapshot, packed=packed, sources={**snapshot.sources, **sources})
 
 
 class _Quiet:
@@ -169,6 +185,7 @@ class Lab:
             latent=LATENT, expert=self._expert(), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH,
             optimisation=Optimisation(batch=BATCH, learning_rate=RATES[self.setting.adapter], ema_decay=0.9),
+            checkpoints="compact" if self.setting.compact else "float32", needs=(COMPACT,) if self.setting.compact else (),
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)
         direct = cast(WorkerClient, _Direct(self.worker))
@@ -222,6 +239,8 @@ class Lab:
         return self.publish(snapshot), snapshot
 
     def publish(self, snapshot: Snapshot, made: TrainedWith | None = None) -> Result:
+        if self.setting.compact:
+            snapshot = _packed(snapshot)
         place = self.folder / f"result{next(self._names):03d}"
         files = [place / f"{name}.safetensors" for name in ("weights", "state", "trace")]
         write_weights(snapshot, files[0])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -30,6 +30,13 @@ from benchmarks.report import Machine
 from lutetia.coordinator.runtime.check_runner import CHECK_SECONDS
 from lutetia.models.experts.trained import load_trained
 from lutetia.protocol.schema.records import TrainedWith
+
+
+class Kind(TypedDict):
+    """What is alike in all runs of a study: see `Honest`."""
+
+    adapter: bool
+    compact: bool
 
 
 def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, TrainedWith | None]) -> Iterator[Replays]:
@@ -62,16 +69,16 @@ async def judged(
     return Try(who, "", "", replays, seconds=tuple(seconds), size=size), verdict
 
 
-async def lies(folder: Path, seed: int, only: str, adapter: bool, few: bool = False) -> list[Try]:
+async def lies(folder: Path, seed: int, only: str, kind: Kind, few: bool = False) -> list[Try]:
     """Try every lie whose name holds `only` once, in the run of `seed`."""
-    setting = Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2], adapter=adapter)
+    setting = Honest(seed=seed, noise=(0.05, 0.1, 0.3)[seed % 3], clips=(8, 32)[seed % 2], **kind)
     lab = Lab(folder, setting, _seconds(few))
     parent, before = lab.honest(None)
     verdict = await lab.judged(parent, None)
     assert verdict.outcome == "valid", verdict.text
     _, after = lab.honest(parent)
     tries = []
-    for number, (name, lie) in enumerate({**LIES, **(OF_ADAPTERS if adapter else {})}.items()):
+    for number, (name, lie) in enumerate({**LIES, **(OF_ADAPTERS if setting.adapter else {})}.items()):
         draw = torch.Generator().manual_seed(1000 * seed + number)
         if only not in name:
             continue
@@ -106,13 +113,13 @@ def _effect(scene: Scene, snapshot: Any) -> float:
     return losses[0] / losses[1]
 
 
-def settings(count: int, adapter: bool) -> Iterator[Honest]:
+def settings(count: int, kind: Kind) -> Iterator[Honest]:
     draw = random.Random(1)
     for seed in range(count):
         yield Honest(
             seed=5000 + seed, threads=draw.choice((1, 2)), micro_batch=draw.choice((1, 2, 3, BATCH)),
             clips=draw.choice((BATCH, 8, 32, 64)), holdout=draw.choice((2, 4, 16)), noise=draw.choice((0.0, 0.1, 0.5)),
-            precision=draw.choice(("float32", "float32", "bfloat16")), adapter=adapter,
+            precision=draw.choice(("float32", "float32", "bfloat16")), **kind,
         )  # fmt: skip
 
 
@@ -134,21 +141,21 @@ async def honest(folder: Path, setting: Honest, few: bool = False) -> list[Try]:
     return tries
 
 
-async def study(tries: int, labs: int, only: str, adapter: bool, few: bool, keep: Callable[[str, Try], None]) -> None:
+async def study(tries: int, labs: int, only: str, kind: Kind, few: bool, keep: Callable[[str, Try], None]) -> None:
     """Honest runs and lies alternate, so that an unfinished study has both."""
-    honest_settings = list(settings(labs, adapter))
-    with tempfile.TemporaryDirectory() as name:
+    honest_settings = list(settings(labs, kind))
+    with tempfile.TemporaryDirectory() as root:
         rounds = max(2 * tries, labs)
         for number in range(rounds):
-            folder = Path(name) / str(number)
+            folder = Path(root) / str(number)
             found = [
                 ("honest", one)
                 for one in (await honest(folder / "honest", honest_settings[number], few) if number < labs else ())
             ]
             if number % 2 == 0 and number < 2 * tries:
-                found += [("lie", one) for one in await lies(folder / "lies", number // 2, only, adapter, few)]
-            for kind, one in found:
-                keep(kind, one)
+                found += [("lie", one) for one in await lies(folder / "lies", number // 2, only, kind, few)]
+            for name, one in found:
+                keep(name, one)
             shutil.rmtree(folder, ignore_errors=True)
             print(f"  {number + 1} of {rounds}", file=sys.stderr, flush=True)
 
@@ -159,6 +166,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--labs", type=int, default=60, help=f"honest runs of {EPOCHS} epochs (default 60)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the lies whose names hold these words")
     parser.add_argument("--adapter", action="store_true", help="experts are adapters (LoRA) on a trained base")
+    parser.add_argument("--compact", action="store_true", help="checkpoints in the compact form")
     parser.add_argument("--fewest-rows", action="store_true", help="score the fewest rows, and replay nothing")
     parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="file for all tries, one per line")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
@@ -171,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
                     arguments.tries,
                     arguments.labs,
                     arguments.only,
-                    arguments.adapter,
+                    {"adapter": arguments.adapter, "compact": arguments.compact},
                     arguments.fewest_rows,
                     lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
                 )

@@ -20,7 +20,7 @@ from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.tensor_files import DTYPES, MAX_HEADER_BYTES, NotTensors, TensorFile
 from lutetia.models.training.optimisers import hidden_matrices
 from lutetia.models.training.states.compact import CODES, MOMENTUM, PARAMETER, SCALE, SECOND, open_state
-from lutetia.models.training.states.eight_bit import blocks
+from lutetia.models.training.states.eight_bit import LEAST_EXPONENT, blocks
 from lutetia.protocol.schema.manifest import CheckpointForm
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
@@ -71,9 +71,18 @@ def check_state(
     required, optional = state_schema(spec, optimisation, form)
     _check(path, required, optional, plain=form == "float32")
     if form == "compact":
+        _check_scales(path)
         with open_state(path, weights, form) as state:
             for name in state:
                 _check_numbers(path, name, state[name])
+
+
+def _check_scales(path: Path) -> None:
+    """Refuse exponents that no writer gives: below the least, a reader that counts from it would take one from the other end."""
+    with TensorFile(path) as file:
+        for name in file:
+            if name.startswith(SCALE) and file[name].numel() and int(file[name].min()) < LEAST_EXPONENT:
+                raise CheckpointMisfit("norm", f"{name} of {path.name} has exponents below {LEAST_EXPONENT}; refused")
 
 
 def state_schema(spec: ExpertSpec, optimisation: Optimisation, form: CheckpointForm = "float32") -> tuple[Schema, Schema]:

@@ -89,6 +89,24 @@ async def test_a_faked_adapter_that_scores_well_is_found_by_replay(adapter_scene
     assert lab.audited(honest, adapter_scene.parent).whole.outcome == "valid"
 
 
+@pytest.fixture(scope="module")
+def compact_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return scene_of(Lab(tmp_path_factory.mktemp("compact"), Honest(seed=SEED, compact=True)), SEED)
+
+
+async def test_hostile_results_in_the_compact_form_are_refused_or_found_by_replay(compact_scene: Scene) -> None:
+    """It has no first moments, so the check that compares both moments cannot refuse; what second moments do, a replay finds."""
+    lab, parent = compact_scene.lab, compact_scene.parent
+    for name, check in {"one NaN": "numbers", "untrained": "holdout", "poisoned raw parameters": "numbers"}.items():
+        verdict = await lab.judged(lab.publish(LIES[name](compact_scene)), parent)
+        assert (verdict.outcome, verdict.check) == ("invalid", check), verdict.text
+    for name in ("poisoned moments", "moments of next to nothing", "half trained"):
+        result = lab.publish(LIES[name](compact_scene))
+        assert (await lab.judged(result, parent)).outcome == "valid", name
+        assert lab.audited(result, parent).whole.outcome == "invalid", name
+    assert lab.audited(lab.publish(compact_scene.after), parent).whole.outcome == "valid"
+
+
 async def test_noise_and_times_of_the_score_are_secret_and_new_for_each_result(scene: Scene) -> None:
     lab, snapshot = scene.lab, scene.after
     one, other = (lab.record(lab.publish(replace(snapshot, trace=[loss] * STEPS))) for loss in (0.5, 0.6))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 256
-_LEAST, _MOST = -126, 127  # exponents of float32
+LEAST_EXPONENT, _MOST = -126, 127  # of float32
 _STEPS = 127.0
 _FLOAT_TOP = 8  # float8 e4m3 reaches 448; the largest of a block lies in (128, 256]
 _FLOAT_FLOOR = 2.0**-9
 """The smallest float8 e4m3 above 0."""
-_POWERS = torch.tensor([2.0**exponent for exponent in range(_LEAST, _MOST + 1)])
+_POWERS = torch.tensor([2.0**exponent for exponent in range(LEAST_EXPONENT, _MOST + 1)])
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _exponents(scales: Tensor) -> Tensor:
     """The smallest e with 2^e >= each of `scales`, as int8."""
     mantissas, exponents = torch.frexp(scales)  # a mantissa lies in [0.5, 1)
     exponents = exponents - (mantissas == 0.5).int()
-    return torch.where(scales > 0, exponents, _LEAST).clamp_(_LEAST, _MOST).to(torch.int8)
+    return torch.where(scales > 0, exponents, LEAST_EXPONENT).clamp_(LEAST_EXPONENT, _MOST).to(torch.int8)
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    return _POWERS.to(exponents.device)[exponents.long() - _LEAST]
+    return _POWERS.to(exponents.device)[exponents.long() - LEAST_EXPONENT]

@@ -116,7 +116,7 @@ def test_expert_of_a_mixture_loads_alone(published: tuple[ExpertTrainer, Path, P
     assert all(torch.equal(tensor, average[name]) for name, tensor in expert.state_dict().items())
 
 
-@pytest.mark.parametrize("fault", ["plain weights", "no moments", "overflow", "nan"])
+@pytest.mark.parametrize("fault", ["plain weights", "no moments", "overflow", "nan", "one nan", "least exponent", "zero block"])
 def test_file_that_is_not_a_compact_checkpoint_is_refused(
     published: tuple[ExpertTrainer, Path, Path], tmp_path: Path, fault: str
 ):
@@ -133,6 +133,14 @@ def test_file_that_is_not_a_compact_checkpoint_is_refused(
         tensors = {each: tensor for each, tensor in tensors.items() if "exp_avg_sq" not in each}
     elif fault == "overflow":
         tensors[name] = torch.full_like(tensors[name], 127)
+    elif fault == "one nan":  # 0x7f is the one NaN of float8 e4m3 beside its negative
+        codes = next(each for each in tensors if each.startswith("codes.adamw"))
+        tensors[codes].view(torch.uint8).view(-1)[-1] = 0x7F
+    elif fault == "least exponent":
+        tensors[name][-1] = -128
+    elif fault == "zero block":  # whose numbers are 0 whatever the exponent
+        tensors[name.replace("scale.", "codes.")].zero_()
+        tensors[name].fill_(-127)
     else:
         codes = next(each for each in tensors if each.startswith("codes.adamw"))
         tensors[codes] = torch.full(tensors[codes].shape, float("nan")).to(torch.float8_e4m3fn)
