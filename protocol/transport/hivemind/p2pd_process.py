@@ -21,6 +21,7 @@ from pathlib import Path
 
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.hivemind.bindings import P2PD
+from lutetia.protocol.transport.hivemind.own_dials import Allows, OwnDials, descriptor_of
 from lutetia.protocol.transport.hivemind.p2pd_client import P2pdClient
 from lutetia.system.errors import IdentityError, UnreachableError
 from lutetia.system.files import disk_errors, write_atomic
@@ -74,17 +75,25 @@ class Reachability:
 class P2pdProcess:
     """A running p2pd and `control`, the client of its socket. Make it with `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str) -> None:
-        self.process = process
+    def __init__(
+        self, process: asyncio.subprocess.Process, sockets: _SocketFolder, peer_id: str, own_dials: OwnDials | None = None
+    ) -> None:
+        self.process, self.own_dials = process, own_dials
         self.control = P2pdClient(str(sockets.path), peer_id)
         self._sockets = sockets
         self._output: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
-        cls, identity: Identity, listen: str, state_folder: Path, reach: Reachability | None = None, announce: Sequence[str] = ()
+        cls,
+        identity: Identity,
+        listen: str,
+        state_folder: Path,
+        reach: Reachability | None = None,
+        announce: Sequence[str] = (),
+        allows: Allows | None = None,
     ) -> P2pdProcess:
-        """Start p2pd under `identity`.
+        """Start p2pd under `identity`. `allows`: where it may dial; None: anywhere.
 
         Raises UnreachableError (the listen address is taken or invalid, or p2pd does not start) or IdentityError (the state
         folder is in use).
@@ -92,7 +101,8 @@ class P2pdProcess:
         _require_free(listen)
         sockets = _SocketFolder(state_folder)
         try:
-            daemon = cls(await _spawn(identity, listen, sockets, reach, announce), sockets, identity.peer_id)
+            process, own_dials = await _spawn(identity, listen, sockets, reach or Reachability.of(listen), announce, allows)
+            daemon = cls(process, sockets, identity.peer_id, own_dials)
         except BaseException:
             sockets.remove()  # or the lock of this process would block its next attempt
             raise
@@ -127,6 +137,8 @@ class P2pdProcess:
             await self.process.wait()
         if self._output:
             await asyncio.gather(self._output, return_exceptions=True)
+        if self.own_dials:
+            self.own_dials.close()
         self._sockets.remove()
 
     async def _wait_until_ready(self, listen: str) -> None:
@@ -145,9 +157,9 @@ class P2pdProcess:
 
 
 async def _spawn(
-    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reachability | None, announce: Sequence[str]
-) -> asyncio.subprocess.Process:
-    key, config, reach = _key_file(sockets), sockets.path / "config.json", reach or Reachability.of(listen)
+    identity: Identity, listen: str, sockets: _SocketFolder, reach: Reachability, announce: Sequence[str], allows: Allows | None
+) -> tuple[asyncio.subprocess.Process, OwnDials | None]:
+    key, config = _key_file(sockets), sockets.path / "config.json"
     write_atomic(key, identity.libp2p_bytes(), mode=0o600)
     # -relay=0 alone does nothing: p2pd then takes its default, which is a relay for every libp2p peer of the world
     write_atomic(config, json.dumps({"Relay": {"Enabled": reach.relay}}).encode())
@@ -159,14 +171,40 @@ async def _spawn(
     ]  # fmt: skip
     if announce:
         arguments.append("-announceAddrs=" + ",".join(announce))
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            limited = allows is not None and sys.platform == "linux"
+            process = await _executed(arguments, theirs.fileno() if limited else -1)
+        if allows is None or not limited:
+            return process, None
+        await _readable(ours)  # it sends something or ends
+        listener = descriptor_of(ours)
+    if listener is None:
+        log.info("this machine cannot limit what p2pd dials by itself: its kernel or container offers no seccomp filter for that")
+        return process, None
+    return process, OwnDials(listener, process.pid, allows, map_ports=reach.nat_port_map)
+
+
+async def _executed(arguments: Sequence[str], report: int) -> asyncio.subprocess.Process:
     try:
         return await asyncio.create_subprocess_exec(
-            *command(P2PD, *arguments), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            *command(P2PD, *arguments, report=report), stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT, env={"GOLOG_LOG_LEVEL": "error", **os.environ}, limit=1 << 20,
             start_new_session=True,  # Ctrl-C ends this process only: it still needs the network to say goodbye
+            pass_fds=[report] if report >= 0 else [],
         )  # fmt: skip
     except OSError as error:
         raise UnreachableError(f"p2pd cannot be started ({error.strerror}); free memory or processes and try again") from error
+
+
+async def _readable(channel: socket.socket) -> None:
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(channel, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(channel)
 
 
 def _key_file(sockets: _SocketFolder) -> Path:

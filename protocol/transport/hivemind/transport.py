@@ -62,11 +62,12 @@ class HivemindTransport(Transport):
         `reach` None chooses by `listen`: on loopback nothing outside is asked. Until `limit_dials` is called, the dial policy
         follows from `listen`, too.
         """
-        daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce)
+        until_limited = DialPolicy.of([listen])
+        daemon = await P2pdProcess.start(identity, listen, state_folder, reach, announce, until_limited.allows)
         try:
             addresses = await daemon.control.addresses()
             listener = ListenerCheck("" if reach and reach.no_listen else listen, () if announce else addresses)
-            return cls(daemon, addresses, state_folder, DialPolicy.of([listen]), listener)
+            return cls(daemon, addresses, state_folder, until_limited, listener)
         except BaseException:
             await daemon.close()
             raise
@@ -85,6 +86,8 @@ class HivemindTransport(Transport):
 
     def limit_dials(self, policy: DialPolicy) -> None:
         self._dialer.policy = policy
+        if self._daemon.own_dials:
+            self._daemon.own_dials.allows = policy.allows
 
     async def connections(self) -> dict[str, str]:
         self._require_alive()

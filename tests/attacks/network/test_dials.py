@@ -86,6 +86,25 @@ async def test_addresses_that_never_answer_are_dialled_a_few_times(tmp_path: Pat
         assert set(refused.values()) == {"no answer a moment ago"}
 
 
+async def test_p2pd_dials_by_itself_only_where_the_policy_allows(tmp_path: Path) -> None:
+    """A liar announces a third party's addresses, which p2pd remembers and dials past all of this peer's own rules."""
+    announced = Identity.derived("announcer")
+    async with network(tmp_path, manifest_of_now()) as start, third_party(2) as (ports, dialled):
+        victim = await start("victim")
+        for run_is_public in (True, False):
+            victim.limit_dials(DialPolicy.of(["/ip4/8.8.4.4/tcp/4001" if run_is_public else LOOPBACK]))
+            liar = await HivemindTransport.start(
+                announced, listen="/ip4/127.0.0.2/tcp/0", state_folder=tmp_path / "liar",
+                announce=[f"/ip4/127.0.0.99/tcp/{port}" for port in ports],
+            )  # fmt: skip
+            await liar.open_stream(victim.peer_id, "/ipfs/ping/1.0.0", victim.addresses())
+            await liar.close()
+            await victim._daemon.control.disconnect(announced.peer_id)
+            with pytest.raises(ConnectionError):  # as the DHT calls peers
+                await victim._daemon.control.open_stream(announced.peer_id, "/lutetia/hello/2")
+            assert bool(dialled) != run_is_public, "without the filter p2pd does dial the third party"
+
+
 async def test_a_public_run_scans_no_private_network(tmp_path: Path) -> None:
     """Providers name open, closed and foreign ports of this machine: nothing is dialled, and all failures read alike."""
     run, who = manifest_of_now(), Identity.derived("scanner")

@@ -277,7 +277,7 @@ async def test_a_failed_start_unlocks_the_state_folder(failing: str, tmp_path: P
         monkeypatch.setattr(Path, "mkdir", lambda path, *a, **k: no_room() if path.name == "p2pd" else None)
     elif failing == "exec":
         monkeypatch.setattr(p2pd_process, "P2PD", str(tmp_path / "none"))
-        monkeypatch.setattr(p2pd_process, "command", lambda *arguments: arguments)
+        monkeypatch.setattr(p2pd_process, "command", lambda *arguments, report: arguments)
     else:
         monkeypatch.setattr(p2pd_process, failing, full)
     with pytest.raises((DiskError, UnreachableError), match=r"(?i)no space left|cannot be started \(No such file"):
