@@ -156,6 +156,11 @@ class RunFolder:
         return self.root / "status.json"
 
     @property
+    def alerts(self) -> Path:
+        """What the owner was told of."""
+        return self.root / "alerts.json"
+
+    @property
     def network(self) -> Path:
         """State of the network library."""
         return self.root / "network"

@@ -13,6 +13,8 @@ from typing import Any
 from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.alerts.channels import channels_of
+from lutetia.coordinator.alerts.service import OwnerAlerts
 from lutetia.coordinator.credit.copies import CopyKeeping
 from lutetia.coordinator.credit.cost import measure_missing_cost
 from lutetia.coordinator.holdouts import Holdouts, holdout_store
@@ -226,6 +228,9 @@ class Service:
             "snapshot": self.snapshot_keeper.run(),
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
+        if channels_of(self.settings.alerts):
+            alerts = OwnerAlerts(self.settings.alerts, self.status, lambda: self.manifest, self.folder.alerts)
+            tasks["alerts"] = alerts.run()
         if self.lender:
             tasks["lent checks"] = self.lender.watch()
         if listener:

@@ -179,6 +179,33 @@ def tiny_expert(latent: LatentSpec) -> ExpertSpec:
     return ExpertSpec(config=config)
 
 
+class MailSettings(_Settings):
+    """Where and how mail is sent."""
+
+    server: str = Field(pattern=r"^[A-Za-z0-9.-]+:\d{1,5}$", description="host:port of the SMTP server, as mail.example.org:587")
+    sender: str = Field(pattern=r"^[^\s@<>]+@[^\s@<>]+$", max_length=254, description="Address that the mail comes from")
+    to: tuple[Annotated[str, Field(pattern=r"^[^\s@<>]+@[^\s@<>]+$", max_length=254)], ...] = Field(
+        min_length=1, max_length=16, description="Addresses that the mail goes to"
+    )
+    security: Literal["starttls", "tls", "none"] = Field(
+        default="starttls", description="How the connection is encrypted: starttls (usually port 587), tls (465) or none"
+    )
+    user: str | None = Field(default=None, description="Name to log in with; without it no login")
+    password_file: Path | None = Field(default=None, description="File of the password; its first line is read for each mail")
+
+
+class AlertSettings(_Settings):
+    """Whom to tell when something does not go on. Each cause is told once; one that goes away and comes back, again."""
+
+    command: str | None = Field(
+        default=None, description="Command that gets the text on its standard input and in the variable LUTETIA_ALERT; no shell"
+    )
+    webhook: Annotated[str, Field(pattern=r"^https?://[^\s]+$", max_length=2048)] | None = Field(
+        default=None, description="Address that gets a POST with JSON: text, content (the same) and causes"
+    )
+    mail: MailSettings | None = Field(default=None, description="Mail; without it none is sent")
+
+
 class ServeSettings(_Settings):
     """How the coordinator of a run is served."""
 
@@ -231,6 +258,7 @@ class ServeSettings(_Settings):
         "neighbours in time go first, and the newest stays",
     )
     exit_when_done: bool = Field(default=False, description="Exit when all budgets are done and the last mixture is made")
+    alerts: AlertSettings = Field(default=AlertSettings(), description="Whom to tell when something does not go on")
     recover: bool = Field(
         default=False, description="Add acceptances that the ledger has lost from the DHT, instead of refusing to start"
     )

@@ -37,6 +37,7 @@ BACKENDS = ("protocol/transport/hivemind/", "protocol/light_client/bindings.py")
 PURE = (
     "node/machine/",
     "coordinator/acceptance/",
+    "coordinator/alerts/causes.py",
     "coordinator/credit/accounts.py",
     "coordinator/credit/copies.py",
     "coordinator/credit/fold.py",

@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from lutetia.coordinator.web.api import views
 from lutetia.coordinator.web.api.answers import Answers, RequestLimit, origin_of
+from lutetia.coordinator.web.api.badges import add_badges
 from lutetia.coordinator.web.api.documents import (
     CheckpointsPage,
     EventsPage,
@@ -118,6 +119,8 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         if owner is None:
             raise HTTPException(404, "the run knows no such peer: it is not online and has had no result decided")
         return answers.answer(request, live_tag(status), lambda: views.peer_history(status, history, source.people(), owner))
+
+    add_badges(router, source)
 
     @router.get("/checkpoints", response_model=CheckpointsPage)
     async def checkpoints(
