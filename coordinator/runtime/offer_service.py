@@ -69,7 +69,7 @@ class OfferService:
         if orders.bans(stream.peer_id):
             return OfferReply(verdict="invalid", check="quarantine", text=orders.refusal_of(public_key_of(stream.peer_id) or ""))
         shards = self.judge_loop.state.run.shards.values()
-        undecided = {candidate.record.peer_id for shard in shards for candidate in shard.candidates.values()}
+        undecided = [candidate.record.peer_id for shard in shards for candidate in shard.candidates.values()]
         return self.admission.refusal(stream.peer_id, stream.origin, undecided, self.transport.now())
 
     async def _answer(self, peer_id: str, offer: Offer) -> OfferReply:

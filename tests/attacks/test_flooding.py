@@ -182,6 +182,16 @@ def test_peers_of_one_origin_share_its_places_at_the_judge() -> None:
     assert admission.refusal("sybil 9", "203.0.114.5", set(), 2.0) is None  # decided results free their places
 
 
+def test_results_of_one_key_count_each_at_the_judge() -> None:
+    """One key may hold several shards; it must not thereby have more results under check than many keys of its address."""
+    admission, waiting = Admission(offers_per_minute=20, undecided=3), list[str]()
+    for _ in range(10):
+        if admission.refusal("many cards", "203.0.114.5", waiting, 0.0) is None:
+            waiting.append("many cards")
+    assert len(waiting) == 3
+    assert admission.refusal("many cards", "203.0.114.5", waiting[1:], 1.0) is None
+
+
 def test_addresses_of_one_prefix_share_four_quotas_at_the_judge() -> None:
     admission, waiting = Admission(offers_per_minute=20, undecided=3), set[str]()
     for number in range(100):

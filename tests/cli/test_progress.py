@@ -45,6 +45,24 @@ def test_status_and_log_count_epochs_alike() -> None:
     assert "expert 2 night streets, epoch 5 of 20, step 100 of 400" in shown.get()
 
 
+def test_each_of_several_devices_has_its_line() -> None:
+    each = [
+        {**STATUS, "device": "cuda:0"},
+        {**STATUS, "device": "cuda:1", "state": "paused", "reason": "paused by the volunteer"},
+    ]
+    each[1] |= dict.fromkeys(("shard", "step", "steps", "due"))
+    printer = console()
+    printer.width = 200
+    with printer.capture() as shown:
+        printer.print(render_local({**STATUS, "device": "cuda:0, cuda:1", "devices": each}, NOW))
+    rows = [" ".join(row.split()) for row in shown.get().splitlines()]
+    assert "cuda:0 training for 0 s: expert 2 night streets, epoch 5 of 20, step 100 of 400" in "\n".join(rows)
+    assert "cuda:1 paused for 0 s: paused by the volunteer" in "\n".join(rows)
+    lines: list[str] = []
+    TrainingProgress(None, lines.append, lambda: NOW)({**STATUS, "devices": each})
+    assert lines == [f"cuda:0: {LINE}"]
+
+
 def test_the_log_has_a_line_each_minute_and_for_each_epoch() -> None:
     lines: list[str] = []
     now = [NOW]

@@ -65,13 +65,18 @@ class Admission:
         self._origins: OrderedDict[str, str] = OrderedDict()
 
     def refusal(self, peer_id: str, origin: str, waiting: Collection[str], now: float) -> OfferReply | None:
-        """The reply to an offer that must come later, or None. `waiting`: the peer ids with undecided results."""
+        """The reply to an offer that must come later, or None. `waiting`: the peer id of each undecided result.
+
+        A peer may ask for the state of its own results, unless these alone are as many as its origin may have: one key may hold
+        several shards, and each of its results costs a download and a check.
+        """
         if wait := self._pace.wait(origin, now):
             return OfferReply(verdict="busy", text="too many offers from this address", retry_after=wait)
         known = (self._origins[other] for other in waiting if other in self._origins)
         counted = Counter(name for other in known for name, _ in quotas_of(other))
         full = next((name for name, share in quotas_of(origin) if counted[name] >= share * self._undecided), None)
-        if peer_id not in waiting and full is not None:
+        own = sum(other == peer_id for other in waiting)
+        if full is not None and not 0 < own < self._undecided:
             text = f"{counted[full]} results from this address or its neighbours are being checked; offer yours again later"
             return OfferReply(verdict="busy", text=text, retry_after=BUSY_SECONDS)
         _remember(self._origins, peer_id, origin)
