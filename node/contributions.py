@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from lutetia.node.journal import LONGEST_TEXT, NodeVerdict, VerdictBook
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.system.errors import DiskError
 from lutetia.system.files import write_atomic
@@ -27,6 +28,7 @@ class Contributions:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.verdicts = VerdictBook(path.with_name("verdicts.json"))
         self._book = _Book()
         with contextlib.suppress(OSError, ValidationError):
             self._book = _Book.model_validate_json(path.read_bytes())
@@ -48,12 +50,14 @@ class Contributions:
         midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
         return sum(at >= midnight for at in self._book.recent)
 
-    def count_accepted(self, now: float) -> None:
+    def count_accepted(self, now: float, shard: int, epoch: int) -> None:
+        self.verdicts.add(NodeVerdict(time=now, shard=shard, epoch=epoch, outcome="accepted"))
         recent = (*(at for at in self._book.recent if now - at < _RECENT_SECONDS), now)
         self._book = self._book.model_copy(update={"accepted": self.accepted + 1, "last_accepted": now, "recent": recent})
         self._save()
 
-    def count_refused(self) -> None:
+    def count_refused(self, now: float, shard: int, epoch: int, text: str) -> None:
+        self.verdicts.add(NodeVerdict(time=now, shard=shard, epoch=epoch, outcome="refused", text=text[:LONGEST_TEXT]))
         self._book = self._book.model_copy(update={"refused": self.refused + 1})
         self._save()
 

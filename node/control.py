@@ -32,7 +32,9 @@ _LONGEST_PATH = 100  # sun_path holds 104 to 108 bytes
 class ControlRequest(Frozen):
     """One request of the volunteer."""
 
-    verb: Literal["status", "pause", "resume", "finish", "leave"] = Field(description="What to do; all verbs return the status")
+    verb: Literal["status", "journal", "pause", "resume", "finish", "leave"] = Field(
+        description="What to do; all verbs return the status, but journal the journal"
+    )
     seconds: float | None = Field(default=None, gt=0, le=366 * 86_400, description="Length of a pause; None: until resume")
     device: str | None = Field(
         default=None, max_length=16, description="The device that pauses or resumes, by name or number; None: all of them"

@@ -15,6 +15,7 @@ from typing import Any
 from lutetia.models.experts.adapters.base_sources import find_base, missing_base
 from lutetia.node.contributions import Contributions
 from lutetia.node.control import ControlRequest, serve_control
+from lutetia.node.journal import LastLines, NodeJournal, TrainingLoss, last_lines, with_loss
 from lutetia.node.local_status import LocalStatus
 from lutetia.node.machine.messages import UserVerb
 from lutetia.node.runtime.network import NodeNetwork
@@ -63,14 +64,13 @@ async def run_node(settings: NodeSettings, on_status: Callable[[LocalStatus], No
             sweep_parts(settings.state_folder / name)
         daemon = NodeDaemon(settings, _identity(settings))
         async with serve_control(settings.state_folder, daemon.answer):
-            with daemon.signals():
+            with daemon.signals(), last_lines() as daemon.lines:
                 log.info("joining run %s as %s", ticket.run[:12], daemon.identity.peer_id)
-                showing = asyncio.create_task(daemon.show(on_status)) if on_status else None
+                showing = asyncio.create_task(daemon.show(on_status))
                 try:
                     await daemon.run()
                 finally:
-                    if showing:
-                        showing.cancel()
+                    showing.cancel()
     log.info("left the run; all its processes have ended")
 
 
@@ -103,6 +103,8 @@ class NodeDaemon:
         self.manifest_updates: ManifestUpdates | None = None
         self._early_verbs: list[UserVerb] = []
         self._signals = 0
+        self.losses: list[TrainingLoss] = []
+        self.lines = LastLines()
 
     async def run(self) -> None:
         """Join, work, leave."""
@@ -211,6 +213,8 @@ class NodeDaemon:
 
     async def answer(self, request: ControlRequest) -> dict[str, Any]:
         """Answer a request on the control socket: carry out its verb and return the status."""
+        if request.verb == "journal":
+            return self.journal().model_dump(mode="json")
         if request.verb != "status":
             now = time.time()
             event = UserVerb(now, request.verb, now + request.seconds if request.seconds else None)
@@ -233,10 +237,20 @@ class NodeDaemon:
             software=software_version(), started=self.started, **fields,
         )  # fmt: skip
 
-    async def show(self, on_status: Callable[[LocalStatus], None]) -> None:
-        """Call `on_status` with the status until cancelled."""
+    def journal(self) -> NodeJournal:
+        verdicts = self.shell.contributions.verdicts.verdicts if self.shell else ()
+        return NodeJournal(verdicts=verdicts, losses=tuple(self.losses), log=tuple(self.lines.lines))
+
+    async def show(self, on_status: Callable[[LocalStatus], None] | None) -> None:
+        """Note the training loss, and call `on_status` with the status, until cancelled."""
         while True:
-            on_status(self.status())
+            status = self.status()
+            for each in status.devices or (status,):
+                if each.shard is not None and each.loss is not None and each.samples is not None:
+                    new = TrainingLoss(time=time.time(), shard=each.shard, samples=each.samples, loss=each.loss)
+                    self.losses = with_loss(self.losses, new)
+            if on_status:
+                on_status(status)
             await asyncio.sleep(_SHOW_SECONDS)
 
     @contextlib.contextmanager

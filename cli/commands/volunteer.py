@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lutetia.cli.arguments import StateFolder, TicketArgument, documented_by, given, read_ticket, setting
-from lutetia.cli.output import JsonFlag, emit, say
+from lutetia.cli.output import JsonFlag, emit, say, show
 from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
@@ -89,8 +89,25 @@ def _ask(state_folder: Path | None, verb: str, **arguments: Any) -> dict[str, An
     return asyncio.run(ask(state_folder or default_state_folder(), verb, **arguments))
 
 
-def status(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
-    """Show what this node is doing and how much of its work was accepted."""
+def status(
+    state_folder: StateFolder = None,
+    as_json: JsonFlag = False,
+    web: Annotated[
+        bool, setting("STATUS_WEB", "Show it as a page on this machine, until Ctrl-C, and print its address.")
+    ] = False,
+    port: Annotated[int, setting("STATUS_PORT", "Port of that page; 0: a free one.", min=0, max=65535)] = 0,
+) -> None:
+    """Show what this node is doing and how much of its work was accepted.
+
+    With --web: a page with progress, speed, loss curve, verdicts and the log. Only who knows its address can open it.
+    """
+    if web:
+        from lutetia.cli.local.node_page import serve_node_page
+        from lutetia.cli.run_service import run_service
+        from lutetia.system.paths import default_state_folder
+
+        run_service(serve_node_page(state_folder or default_state_folder(), port, lambda address: show(f"Node page: {address}")))
+        return
     document = _ask(state_folder, "status")
     emit(document, as_json, lambda: render_local(document, time.time()))
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from lutetia.node.control import ask
+from lutetia.node.journal import NodeJournal
 from lutetia.protocol.schema.records import claim_key, node_key
 from tests.node.scripted_coordinator import (
     DaemonProcess,
@@ -55,6 +56,10 @@ async def test_daemon_life_from_join_to_leave(coordinator: ScriptedCoordinator, 
         assert status["precision"] == "float32: CPU"
         assert "secret key" in daemon.log_text()
         await daemon.until(accepted_today=lambda count: count >= 1, blobs_bytes=lambda size: size)
+        journal = NodeJournal.model_validate(await ask(daemon.state, "journal"))
+        assert (journal.verdicts[0].outcome, journal.verdicts[0].shard) == ("accepted", status["shard"])
+        assert journal.losses
+        assert any("joining run" in line for line in journal.log)
         await pause_and_resume(coordinator, daemon, status["shard"])
         await finish(coordinator, daemon)
 

@@ -145,6 +145,7 @@ class ShardDocument(Frozen):
     initial_loss: float | None = Field(description="Held-out loss before any training; null: not measured yet")
     accepted: tuple[AcceptedPoint, ...] = Field(description="Its accepted results, void ones included, oldest first")
     refused: tuple[RefusedPoint, ...] = Field(description="The last results that were refused for good, oldest first")
+    flops: int | None = Field(default=None, description="FLOPs of training its expert on one sample; null: not counted yet")
     sheet: str | None = Field(default=None, description="Where its contact sheet of training clips is; null: it has none")
     whole: bool = Field(
         default=True, description="Whether both lists are whole; false: they hold what came after the event that was asked for"

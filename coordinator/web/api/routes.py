@@ -95,7 +95,7 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     async def shard(request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)]) -> Response:
         """One shard with its history."""
         history, status = await source.up_to_date(), source.status()
-        found = views.shard_documents(status, source.manifest(), history, index, shards_with_sheets(source.folder))
+        found = some_shards(source, status, history, index)
         if not found:
             raise HTTPException(404, f"the run has no shard {index}")
         return answers.answer(request, live_tag(status), lambda: found[0])
@@ -182,9 +182,13 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
 
 def all_shards(source: RunSource, status: SwarmStatus, history: History) -> ShardsDocument:
     """All shards, with their contact sheets."""
-    sheets = shards_with_sheets(source.folder)
-    return ShardsDocument(
-        events=history.events, shards=tuple(views.shard_documents(status, source.manifest(), history, sheets=sheets))
+    return ShardsDocument(events=history.events, shards=tuple(some_shards(source, status, history)))
+
+
+def some_shards(source: RunSource, status: SwarmStatus, history: History, index: int | None = None) -> list[ShardDocument]:
+    """All shards, or the one with `index`."""
+    return views.shard_documents(
+        status, source.manifest(), history, index, shards_with_sheets(source.folder), source.ledger.state.flops
     )
 
 

@@ -114,9 +114,10 @@ def arrival(status: SwarmStatus, history: History) -> Arrival:
 
 
 def shard_documents(
-    status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None, sheets: Collection[int] = ()
-) -> list[ShardDocument]:
-    """All shards, or the one with `index`. `sheets`: those that have a contact sheet."""
+    status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None, sheets: Collection[int] = (),
+    flops: Sequence[int] = (),
+) -> list[ShardDocument]:  # fmt: skip
+    """All shards, or the one with `index`. `sheets`: those that have a contact sheet. `flops`: of one sample, by shard."""
     documents = []
     for shard in status.shards:
         if index in (None, shard.shard):
@@ -126,6 +127,7 @@ def shard_documents(
                     status=shard, clips=spec.clips, prior=spec.prior, expert=manifest.expert_of(shard.shard).class_name,
                     initial_loss=past.initial_loss, accepted=tuple(past.accepted), refused=tuple(past.refused),
                     sheet=f"/api/v1/shards/{shard.shard}/sheet.png" if shard.shard in sheets else None,
+                    flops=flops[shard.shard] if shard.shard < len(flops) else None,
                 )
             )  # fmt: skip
     return documents

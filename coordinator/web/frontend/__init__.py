@@ -21,16 +21,27 @@ _HEADERS = {
 
 
 def frontend_router() -> APIRouter:
-    """`/` and its two assets, read once; the entity tag of each is a hash of its bytes."""
+    """`/` and its assets, read once; the entity tag of each is a hash of its bytes."""
+    return _router((BUILT / "index.html").read_bytes())
+
+
+def node_page_router() -> APIRouter:
+    """The same page for one node, of which it reads `api/v1/node`."""
+    page = (BUILT / "index.html").read_text()
+    start = page.index("The same facts without it")
+    page = page[:start] + "In a terminal: <code>lutetia status</code>." + page[page.index("</p></noscript>") :]
+    return _router(page.replace("<html ", '<html data-view="node" ', 1).encode())
+
+
+def _router(page: bytes) -> APIRouter:
     router = APIRouter(include_in_schema=False)
-    _add(router, "/", "index.html", "text/html; charset=utf-8")
+    _add(router, "/", page, "text/html; charset=utf-8")
     for name, media_type in _TYPES.items():
-        _add(router, f"/assets/{name}", name, media_type)
+        _add(router, f"/assets/{name}", (BUILT / name).read_bytes(), media_type)
     return router
 
 
-def _add(router: APIRouter, path: str, name: str, media_type: str) -> None:
-    data = (BUILT / name).read_bytes()
+def _add(router: APIRouter, path: str, data: bytes, media_type: str) -> None:
     compressed = gzip.compress(data, 9, mtime=0)
     tag = f'"{sha256(data).hexdigest()[:32]}"'
 

@@ -214,7 +214,7 @@ class DeviceShell:
             case m.DiscardWork(shard=shard, epoch=epoch):
                 self._ordered(self._clean_up(self.workspace.discard, shard, epoch), shard)
             case m.CheckpointsSuperseded(shard=shard, epoch=epoch):
-                self.contributions.count_accepted(time.time())
+                self.contributions.count_accepted(time.time(), shard, epoch)
                 if self.state.disk_full_since is None:  # a full disk stays the problem to report
                     self.problem = None
                 self._ordered(self._clean_up(self.workspace.superseded, shard, epoch), shard)
@@ -280,7 +280,7 @@ class DeviceShell:
     async def _publish_checkpoint(self, candidate: m.OwnCheckpoint) -> None:
         answer = await self.tasks.publish(candidate)
         if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
-            self.contributions.count_refused()
+            self.contributions.count_refused(time.time(), candidate.shard, candidate.epoch, answer.text)
         self._feed_result(answer)
 
     def _feed_result(self, event: m.Event) -> None:

@@ -217,9 +217,9 @@ def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
 def test_contributions_survive_the_daemon(tmp_path: Path):
     first = Contributions(tmp_path / "contributions.json")
     now = 1_800_000_000.0
-    first.count_accepted(now - 3 * 86_400)
-    first.count_accepted(now)
-    first.count_refused()
+    first.count_accepted(now - 3 * 86_400, 1, 1)
+    first.count_accepted(now, 1, 2)
+    first.count_refused(now, 0, 3, "held-out loss 2 is worse")
     again = Contributions(tmp_path / "contributions.json")
     assert (again.accepted, again.today(now), again.refused, again.last_accepted) == (2, 1, 1, now)
     (tmp_path / "contributions.json").write_text("torn")

@@ -24,14 +24,16 @@ export interface ShardStatus {
 }
 export interface Shard {
   status: ShardStatus; clips: number; prior: number; expert: string; initial_loss: number | null; accepted: Accepted[]; refused: Refused[]
-  sheet: string | null; whole: boolean
+  sheet: string | null; whole: boolean; flops: number | null
 }
 export interface Shards { events: number; shards: Shard[] }
 export interface Node { state: string; health: string; device: string; samples_per_second: number; shard: number | null; software: string; link: string | null }
 export interface Peer {
   owner: string; peer_id: string; node: Node | null; samples: number; accepted: number; void: number; invalid: number
-  last_accepted: number | null; quarantined: string | null
+  last_accepted: number | null; quarantined: string | null; name?: string; credit?: Credit
 }
+/** In FLOPs; `recent`: per day. */
+export interface Credit { total: number; epochs: number; audits: number; copies: number; recent: number }
 export interface Superseded { event: number; time: number; shard: number; epoch: number; by: string }
 export interface Audit { event: number; time: number; shard: number; epoch: number; outcome: string; text: string }
 export interface PeerHistory extends Peer { points: Accepted[]; refused: Refused[]; superseded: Superseded[]; audits: Audit[] }
@@ -114,6 +116,11 @@ export async function readAll(): Promise<Everything> {
   ])
   kept = { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, pictures }
   return kept
+}
+
+/** The public key of a peer that is named by its peer id, as an export, which has no server to look it up, knows it. */
+export function ownerOf(who: string): string {
+  return (exported && kept?.peers.find((peer) => peer.peer_id === who)?.owner) || who
 }
 
 const pages = new Map<number, EventLine[]>()

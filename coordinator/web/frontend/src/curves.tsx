@@ -8,13 +8,13 @@ function colour(name: string): string {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim()
 }
 
-function axes(x: string, y: string): uPlot.Axis[] {
+export function axes(x: string, y: string): uPlot.Axis[] {
   const common = { stroke: () => colour('--text'), grid: { stroke: () => colour('--line'), width: 1 }, ticks: { stroke: () => colour('--line'), width: 1 } }
   return [{ ...common, label: x, values: (_, at) => at.map((v) => count(v)) }, { ...common, label: y, size: 60 }]
 }
 
 /** Draws with uPlot and redraws when data, width or colour scheme change. */
-function Plot({ data, options, label }: { data: uPlot.AlignedData; options: Omit<uPlot.Options, 'width' | 'height'>; label: string }) {
+export function Plot({ data, options, label }: { data: uPlot.AlignedData; options: Omit<uPlot.Options, 'width' | 'height'>; label: string }) {
   const place = useRef<HTMLDivElement>(null)
   const plot = useRef<uPlot | null>(null)
   const shape = JSON.stringify(options.series.map((each) => each.label))

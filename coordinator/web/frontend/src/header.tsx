@@ -22,6 +22,7 @@ export function Header({ run, moment, link }: { run: Run; moment: Moment; link: 
     ['results accepted', count(moment.accepted)],
     [moment.present ? 'results invalid' : 'rolled back', count(moment.present ? run.rejected : moment.void)],
     ['weights accepted', bytes(moment.bytes)],
+    ...(moment.flops !== null ? [['FLOPs of accepted samples', count(moment.flops)]] as [string, string][] : []),
     ['experts', String(run.experts)],
   ]
   return (

@@ -12,6 +12,7 @@ import { Gallery } from './gallery'
 import { moment as when } from './format'
 import { Header, Join } from './header'
 import { Health, problems } from './health'
+import { NodePage } from './node'
 import { at } from './past'
 import { People } from './people'
 
@@ -79,4 +80,4 @@ function App() {
   )
 }
 
-render(<App />, document.getElementById('app')!)
+render(document.documentElement.dataset.view === 'node' ? <NodePage /> : <App />, document.getElementById('app')!)

@@ -7,7 +7,7 @@ export interface Hour { time: number; samples: number }
 /** `time`: of the last thing that happened; `now`: from which ages are counted; `present`: the newest event is shown. */
 export interface Moment {
   event: number; time: number; now: number; present: boolean; shards: Shard[]; samples: number; accepted: number; void: number
-  bytes: number; rate: number; peersDay: number; peers: Peer[]; peersTotal: number; hours: Hour[]; stitch: Stitch | null
+  bytes: number; flops: number | null; rate: number; peersDay: number; peers: Peer[]; peersTotal: number; hours: Hour[]; stitch: Stitch | null
 }
 
 const HOUR = 3600
@@ -32,6 +32,7 @@ export function at(all: Everything, until: number): Moment {
   return {
     event: until, time, now, present, shards, samples: sum(counted), accepted: counted.length, void: points.length - counted.length,
     bytes: points.reduce((total, point) => total + point.weights_size, 0), rate: sum(counted.filter((point) => point.time > now - HOUR && point.time <= now)) / HOUR,
+    flops: shards.some((shard) => shard.flops === null) ? null : shards.reduce((total, shard) => total + shard.flops! * sum(shard.accepted), 0),
     peersDay: authors.size, peers: peers.slice(0, PEERS_SHOWN), peersTotal: present ? all.peersTotal : peers.length, hours: byHour(counted),
     stitch: all.pictures.stitches.filter((each) => each.event <= until).at(-1) ?? null,
   }
@@ -42,7 +43,7 @@ function ranked(counted: Accepted[], today: Peer[]): Peer[] {
   const known = new Map(today.map((peer) => [peer.owner, peer]))
   const found = new Map<string, Peer>()
   for (const point of counted) {
-    const peer = found.get(point.author) ?? { ...(known.get(point.author) ?? { owner: point.author, peer_id: '' }), node: null, samples: 0, accepted: 0, void: 0, invalid: 0, last_accepted: null, quarantined: null }
+    const peer = found.get(point.author) ?? { ...(known.get(point.author) ?? { owner: point.author, peer_id: '' }), node: null, samples: 0, accepted: 0, void: 0, invalid: 0, last_accepted: null, quarantined: null, credit: undefined }
     found.set(point.author, { ...peer, samples: peer.samples + point.trained, accepted: peer.accepted + 1, last_accepted: point.time })
   }
   return [...found.values()].sort((a, b) => b.samples - a.samples)

@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
-import os
-import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import expect
 
-from lutetia.coordinator.ledger.events import LineageRolledBack
-from lutetia.coordinator.web.export import export_page
+from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasured
 from lutetia.coordinator.web.frontend import BUILT
-from lutetia.protocol.schema.identity import peer_id_of
-from lutetia.protocol.schema.manifest import SignedManifest
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.system.errors import UsageError
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS
-from tests.coordinator.web.api.recorded_run import HOSTILE, RecordedRun, record_long_run, record_run, serving, write_galleries
+from tests.coordinator.web.api.recorded_run import HOSTILE, record_long_run, record_run, serving, write_galleries
+from tests.coordinator.web.frontend.chromium import AXE, FIRST_LOAD, PROMPTS, Scheme, browser, needs_chromium, opened
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
-AXE = Path(__file__).parents[4] / "coordinator" / "web" / "frontend" / "node_modules" / "axe-core" / "axe.min.js"
-
-
-class SilentFiles(SimpleHTTPRequestHandler):
-    """Python's own file server, without its log."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
-
-
-Scheme = Literal["light", "dark"]
-PROMPTS = ["a red ball bounces", "<script>alert(1)</script>", "مرحبا بالعالم", "🐈 walks", "x" * 400]
-FIRST_LOAD = 120_000
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "REQUIRE_CHROMIUM" not in os.environ, reason="Chromium is not installed (Debian: chromium)"
-)
-
-
-@asynccontextmanager
-async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        started = await playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield started
-        await started.close()
-
-
-@asynccontextmanager
-async def opened(
-    run: RecordedRun, chromium: Browser, width: int = 1440, scheme: Scheme = "light"
-) -> AsyncIterator[tuple[Page, list[str]]]:
-    """The page of `run`, read to its end, and what goes wrong on it: errors, and requests to other hosts."""
-    async with serving(run) as client:
-        page = await chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.set_default_timeout(120_000)
-        wrong: list[str] = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-        page.on("request", lambda sent: None if sent.url.startswith(str(client.base_url)) else wrong.append(sent.url))
-        await page.goto(str(client.base_url))
-        await page.wait_for_selector("#coverage")
-        yield page, wrong
-        await page.close()
+pytestmark = needs_chromium
 
 
 async def test_every_part_is_shown_at_every_width_in_both_schemes(tmp_path: Path) -> None:
@@ -216,63 +158,13 @@ async def test_gallery_plays_every_mixture_beside_a_real_clip(tmp_path: Path) ->
         assert not wrong
 
 
-async def test_exported_page_needs_no_server(tmp_path: Path) -> None:
-    run = record_long_run(tmp_path / "run", shards=3, epochs=6, peers=3)
-    first, *_ = write_galleries(run, PROMPTS[:2])
-    author = next(iter(run.driver.state.run.shards.values())).acceptance
-    assert author
-    run.source.folder.manifest.write_bytes(SignedManifest.sign(run.driver.manifest, OWNER).to_bytes())
-    out = tmp_path / "out"
-    done = export_page(run.source.folder.root, out, run.driver.now, gallery_bytes=1 << 20)
-    assert (done.events, done.stitches) == (run.source.ledger.head[0], 3)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SilentFiles, directory=str(out)))
-    serving_files = asyncio.create_task(asyncio.to_thread(server.serve_forever, 0.05))
-    try:
-        async with browser() as chromium:
-            for address in (f"http://127.0.0.1:{server.server_address[1]}/", (out / "index.html").as_uri()):
-                page = await chromium.new_page(viewport={"width": 768, "height": 900})
-                page.set_default_timeout(60_000)
-                wrong: list[str] = []
-                page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
-                page.on("console", lambda said, wrong=wrong: wrong.append(said.text) if said.type != "log" else None)
-                page.on("requestfailed", lambda sent, wrong=wrong: wrong.append(sent.url))
-                base = address.removesuffix("index.html")
-                page.on(
-                    "request", lambda sent, wrong=wrong, base=base: None if sent.url.startswith(base) else wrong.append(sent.url)
-                )
-                await page.goto(address)
-                await expect(page.locator(".link")).to_contain_text("exported 20")
-                await expect(page.locator(".coverage tbody tr")).to_have_count(3)
-                await expect(page.locator(".events li").first).to_contain_text("mixture")
-                await expect(page.locator(".film img").first).to_have_js_property("naturalWidth", 48)
-                await page.get_by_label("Mixture 3 of 3").fill("0")
-                await expect(page.locator(".film img").first).to_have_attribute("src", f"api/v1/galleries/{first}/000.gif")
-                await expect(page.locator(".film img").first).to_have_js_property("naturalWidth", 48)
-                await page.get_by_label("Find me").fill(peer_id_of(author.author))
-                await page.get_by_role("button", name="find").click()
-                await expect(page.get_by_role("article")).to_contain_text("accepted samples in")
-                await page.get_by_label("Time machine").fill("1")
-                await expect(page.locator(".events li")).to_have_count(1)
-                assert not wrong
-                await page.get_by_label("Find me").fill("../../nobody")
-                await page.get_by_role("button", name="find").click()
-                await expect(page.get_by_role("alert")).to_contain_text("this export has no such page")
-                await page.close()
-    finally:
-        server.shutdown()
-        await serving_files
-        server.server_close()
-    again = export_page(run.source.folder.root, out, run.driver.now, gallery_bytes=0)
-    assert (again.stitches, (out / "data" / "galleries" / f"{first}.js").exists()) == (1, False)
-    (tmp_path / "else").mkdir()
-    (tmp_path / "else" / "a file").touch()
-    with pytest.raises(UsageError, match="holds something else"):
-        export_page(run.source.folder.root, tmp_path / "else", 0.0, 0)
-
-
 async def test_a_volunteer_finds_what_counted_and_what_did_not(tmp_path: Path) -> None:
     run = record_run(tmp_path / "run")
+    run.write(SampleCostMeasured(time=run.driver.now, flops=(2_000_000, 1_000_000)))
     async with browser() as chromium, opened(run, chromium, 360) as (page, wrong):
+        facts = page.locator(".facts div", has_text="FLOPs of accepted samples")
+        await expect(facts.locator("dd")).to_have_text("20.0 M")  # 8 samples of expert 0 and 4 of expert 1
+        await expect(page.locator("#people ~ .scroll tbody tr", has_text=PEERS[1].public_key[:8])).to_contain_text("12.0 M")
         await page.get_by_label("Find me").fill(PEERS[2].peer_id)
         await page.get_by_role("button", name="find").click()
         article = page.get_by_role("article")
@@ -291,5 +183,5 @@ async def test_a_thousand_peers_and_one_are_both_readable(tmp_path: Path) -> Non
             run = record_long_run(tmp_path / str(peers), shards=2, epochs=3, peers=peers)
             async with opened(run, chromium) as (page, wrong):
                 await expect(page.locator("#people ~ .scroll tbody tr")).to_have_count(shown)
-                assert (await page.get_by_text("800 more peers are not shown").count()) == (peers > 1)
+                assert (await page.get_by_text("760 more peers are not shown").count()) == (peers > 1)
                 assert not wrong
