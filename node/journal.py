@@ -69,13 +69,15 @@ class VerdictBook:
 
 
 def with_loss(known: Sequence[TrainingLoss], new: TrainingLoss, most: int = MOST_LOSSES) -> list[TrainingLoss]:
-    """`known` and the new loss, if it is of a later step; when there are too many, every second one is dropped.
+    """`known` and the new loss; of too many, the one between the nearest neighbours goes, so that the rest is spread evenly.
 
-    Losses of later samples go when the shard goes on from an earlier checkpoint.
+    Losses of later samples go, too: the shard goes on from an earlier checkpoint.
     """
     kept = [each for each in known if each.shard != new.shard or each.samples < new.samples]
     kept.append(new)
-    return kept if len(kept) <= most else [*kept[:-1:2], kept[-1]]
+    if len(kept) > most:
+        del kept[min(range(1, len(kept) - 1), key=lambda at: kept[at + 1].time - kept[at - 1].time)]
+    return kept
 
 
 class LastLines(logging.Handler):

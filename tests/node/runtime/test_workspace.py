@@ -222,5 +222,7 @@ def test_contributions_survive_the_daemon(tmp_path: Path):
     first.count_refused(now, 0, 3, "held-out loss 2 is worse")
     again = Contributions(tmp_path / "contributions.json")
     assert (again.accepted, again.today(now), again.refused, again.last_accepted) == (2, 1, 1, now)
+    known = [(verdict.outcome, verdict.shard, verdict.epoch, verdict.text) for verdict in again.verdicts.verdicts]
+    assert known == [("accepted", 1, 1, ""), ("accepted", 1, 2, ""), ("refused", 0, 3, "held-out loss 2 is worse")]
     (tmp_path / "contributions.json").write_text("torn")
     assert Contributions(tmp_path / "contributions.json").accepted == 0
