@@ -32,7 +32,7 @@ def curve_of_one_node(done: Mapping[Cell, Result], team: Cell) -> list[Point]:
     """One node's points with the team's size, batch, seed and parent, at the best rate of each number of steps."""
     best: dict[int, float] = {}
     for cell, result in done.items():
-        if cell.arm == "one" and _place(cell) == _place(team):
+        if cell.arm == "one" and place(cell) == place(team):
             best[cell.steps] = min(result.loss, best.get(cell.steps, math.inf))
     return sorted(best.items())
 
@@ -62,5 +62,6 @@ def _lowest_so_far(curve: Iterable[Point]) -> list[Point]:
     return falling
 
 
-def _place(cell: Cell) -> tuple[str, int, int, int]:
+def place(cell: Cell) -> tuple[str, int, int, int]:
+    """What a team and the node that it is compared with have in common: size, batch, seed and parent."""
     return cell.size, cell.batch, cell.seed, cell.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -145,14 +146,29 @@ def test_worth_on_a_curve_that_rises_reads_the_lowest_so_far() -> None:
 
 
 def test_grid_tries_all_rates_once_and_goes_on_at_the_best() -> None:
-    done: dict[Cell, Result] = {}
-    sizes = frozenset({"0.16M"})
-    while (cell := next((each for each in grid(done, sizes, 2) if each not in done), None)) is not None:
-        done[cell] = Result(abs(cell.rate - 2) + 1 / cell.steps, 0.0)
+    done = measured(lambda cell: abs(cell.rate - 2) + 1 / (cell.steps * cell.nodes))
     assert {cell.rate for cell in done if cell.steps > 500 or cell.seed} == {2}
     assert {cell.rate for cell in done if cell.arm == "lanes" and cell.batch == 2} == {1, 2, 4}
     assert {cell.nodes for cell in done} == {1, 2, 4, 8}
     assert {cell.interval for cell in done} == {0, 10, 50, 250}
+
+
+def test_grid_trains_one_node_only_until_its_loss_is_below_the_teams() -> None:
+    longest = {gain: max(cell.steps for cell in measured(lambda cell, g=gain: loss_of(cell, g))) for gain in (1.0, 1.5, 3.0, 9.0)}
+    assert longest == {1.0: 500, 1.5: 1000, 3.0: 2000, 9.0: 4000}
+
+
+def loss_of(cell: Cell, gain: float) -> float:
+    """The loss where every team is worth `gain` nodes."""
+    return 1 / (cell.steps * (1 if cell.arm == "one" else gain))
+
+
+def measured(loss: Callable[[Cell], float]) -> dict[Cell, Result]:
+    """All cells of 0.16 M with two seeds, as if they had these losses."""
+    done: dict[Cell, Result] = {}
+    while (cell := next((each for each in grid(done, frozenset({"0.16M"}), 2) if each not in done), None)) is not None:
+        done[cell] = Result(loss(cell), 0.0)
+    return done
 
 
 def test_table_is_made_from_the_lines_of_a_killed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
