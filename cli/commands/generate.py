@@ -34,6 +34,13 @@ def generate(
     mode: Annotated[Mode | None, setting("MODE")] = None,
     steps: Annotated[int | None, setting("STEPS", min=1)] = None,
     guidance: Annotated[float | None, setting("GUIDANCE", min=0.0)] = None,
+    size: Annotated[
+        str | None,
+        setting("SIZE", "Width and height in pixels of one of the run's buckets; default: the first.", metavar="WxH"),
+    ] = None,
+    frames: Annotated[
+        int | None, setting("FRAMES", "Frames of a clip, of one of the run's buckets; default: the first that fits.", min=1)
+    ] = None,
     seed: Annotated[int, setting("SEED", "Same seed, same clip.")] = 0,
     device: Annotated[
         str, setting("DEVICE", "Device to compute on: auto (the best one), cpu, mps, cuda, cuda:N, xpu or xpu:N.")
@@ -64,7 +71,7 @@ def generate(
     """Generate clips from prompts."""
     from lutetia.cli.local.gallery import check_ending, write_clip
     from lutetia.cli.local.sampler import MixtureLoader
-    from lutetia.cli.local.sampling_plan import clips_at_once, plan_sampling
+    from lutetia.cli.local.sampling_plan import bucket_of, clips_at_once, plan_sampling
     from lutetia.cli.progress import progress
     from lutetia.cli.workspace import ready
     from lutetia.models.mixing.description import read_mixture
@@ -73,6 +80,8 @@ def generate(
     check_ending(out)
     ready(out.parent)
     document = read_mixture(mixture).mixture
+    bucket = bucket_of(document.latent, size, frames)
+    document = document.model_copy(update={"latent": bucket})
     plan = plan_sampling(document, device=device, dtype=dtype, experts_in_memory=experts_in_memory, tiling=tiling)
     say(plan.reason)
     sampler = MixtureLoader(mixture, hub=hub, plan=plan, base=base)
@@ -80,7 +89,7 @@ def generate(
     with progress("generate") as report:
         clips = sampler.generate(
             texts, negative=negative, seed=seed, batch=batch or clips_at_once(document.latent), mode=mode, steps=steps,
-            guidance=guidance, on_cut=lambda problem: say(f"warning: {problem}; its end is cut, as in training"),
+            guidance=guidance, bucket=bucket, on_cut=lambda problem: say(f"warning: {problem}; its end is cut, as in training"),
             on_step=lambda done, total: report("steps", done, total),
         )  # fmt: skip
         for file, clip in zip(files, clips, strict=True):

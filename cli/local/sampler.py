@@ -11,6 +11,7 @@ from lutetia.cli.local.sampling_plan import SamplingPlan
 
 if TYPE_CHECKING:
     from lutetia.models.video_files import Frames
+    from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class MixtureLoader:
         negative: str | None = None,
         seed: int = 0,
         batch: int = 8,
+        bucket: LatentSpec | None = None,
         on_cut: Callable[[str], None] = lambda problem: None,
         on_step: Callable[[int, int], None] = lambda done, steps: None,
         **options: Any,
@@ -103,6 +105,7 @@ class MixtureLoader:
             negative: what guidance leads away from. None: the null condition of training.
             seed: clip i starts from noise of `seed + i`.
             batch: clips sampled at once.
+            bucket: of the mixture, whose size and length clips have; None: the first.
             on_cut: called with a clause about each text that is longer than those of training, whose end is cut.
             on_step: called with (steps done, steps) of all batches together.
             options: those of `sample`.
@@ -119,7 +122,9 @@ class MixtureLoader:
         names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
         encoded = dict(zip(names, pipeline.encode_prompt(list(prompts), negative), strict=True))
         pipeline.free_text_encoder()
-        sampled = []
+        sampled, shape = [], {}
+        if bucket:
+            shape = {"num_frames": bucket.pixel_frames, "height": bucket.pixel_height, "width": bucket.pixel_width}
         batches = -(-len(prompts) // batch)
         for number in range(batches):
 
@@ -131,7 +136,7 @@ class MixtureLoader:
             texts: dict[str, Any] = {name: vectors[rows] for name, vectors in encoded.items()}
             output = pipeline(
                 **texts, num_inference_steps=options.get("steps"), guidance_scale=options.get("guidance"),
-                mode=options.get("mode"), expert=options.get("expert"), seed=seed + rows.start, output_type="latent",
+                mode=options.get("mode"), expert=options.get("expert"), seed=seed + rows.start, output_type="latent", **shape,
                 callback_on_step_end=step_done,
             )  # fmt: skip
             sampled += [(latents.cpu(), self._named(output.routing, clip)) for clip, latents in enumerate(output.frames)]

@@ -33,6 +33,23 @@ class SamplingPlan:
     reason: str = ""
 
 
+def bucket_of(latent: LatentSpec, size: str | None, frames: int | None) -> LatentSpec:
+    """The bucket of a mixture that `--size` (width x height in pixels) and `--frames` ask for; what is None fits any.
+
+    Raises UsageError with the list of buckets when none agrees.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", size or "", re.IGNORECASE)
+    if size is not None and match is None:
+        raise UsageError(f"{size[:40]} is no size; write width and height in pixels, for instance 832x480")
+    asked = (int(match[1]), int(match[2])) if match else None
+    for bucket in latent.of_buckets:
+        if asked in (None, (bucket.pixel_width, bucket.pixel_height)) and frames in (None, bucket.pixel_frames):
+            return bucket
+    known = ", ".join(f"{each.pixel_width}x{each.pixel_height} with {each.pixel_frames} frames" for each in latent.of_buckets)
+    wanted = " ".join([*([f"--size {size}"] if size else []), *([f"--frames {frames}"] if frames else [])])
+    raise UsageError(f"the run trained on no clips of {wanted}; it has {known}")
+
+
 def plan_sampling(
     document: MixtureDocument,
     *,

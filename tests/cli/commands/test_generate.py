@@ -11,12 +11,13 @@ from PIL import Image
 
 from lutetia.cli.commands.generate import wanted_prompts
 from lutetia.cli.local.sampler import MixtureLoader
-from lutetia.cli.local.sampling_plan import SamplingPlan, clips_at_once, expert_sizes, experts_that_fit, plan_sampling
+from lutetia.cli.local.sampling_plan import SamplingPlan, bucket_of, clips_at_once, expert_sizes, experts_that_fit, plan_sampling
 from lutetia.cli.main import app
 from lutetia.models.mixing.description import read_mixture
+from lutetia.protocol.schema.model.latent_spec import LatentShape
 from lutetia.system.errors import HardwareError, UsageError
 from tests.models.emulated_device import DEVICE, emulated_device
-from tests.models.mixing.tiny_mixture import PIXELS, compressed_mixture
+from tests.models.mixing.tiny_mixture import PIXELS, compressed_mixture, pixel_mixture
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,22 @@ def test_unusable_prompts_and_devices_are_refused_in_one_sentence(mixture: Path,
         plan_sampling(document, device="tpu")
     with pytest.raises(HardwareError, match="device xpu:9 is set"):
         plan_sampling(document, device="xpu:9")
+
+
+def test_size_and_frames_choose_among_the_runs_buckets(tmp_path: Path) -> None:
+    wide = LatentShape(frames=4, height=4, width=16, pixel_frames=4, pixel_height=4, pixel_width=16)
+    still = LatentShape(frames=1, height=8, width=8, pixel_frames=1, pixel_height=8, pixel_width=8)
+    folder = pixel_mixture(tmp_path, (wide, still))
+    for options, size, frames in (
+        (["--size", "16x4"], (16, 4), 4), (["--size", "8x8", "--frames", "1"], (8, 8), 1), ([], (8, 8), 4),
+    ):  # fmt: skip
+        out = tmp_path / "clip.gif"
+        command = ["generate", "a ball", "--mixture", str(folder), "--out", str(out), "--device", "cpu", *options]
+        app(command, standalone_mode=False)
+        with Image.open(out) as clip:
+            assert (clip.width / clip.height, getattr(clip, "n_frames", 1)) == (size[0] / size[1], frames)
+    latent = read_mixture(folder).mixture.latent
+    with pytest.raises(UsageError, match=r"trained on no clips of --size 4x16 --frames 1; it has 8x8 with 4 frames, 16x4 with 4"):
+        bucket_of(latent, "4x16", 1)
+    with pytest.raises(UsageError, match="wide is no size; write width and height"):
+        bucket_of(latent, "wide", None)
