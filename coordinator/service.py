@@ -163,7 +163,7 @@ class Service:
         self.offer_service = OfferService(self.transport, self.judge_loop, admission)
         self.swarm_monitor = SwarmMonitor(
             self.transport, self.manifest, self.offer_service.offer_found, self._accepted,
-            lambda shard: self.judge_loop.state.run.shard_view(shard), self._credit_copies,
+            lambda slot: self.judge_loop.state.run.slot_view(slot), self._credit_copies,
         )  # fmt: skip
         self.announcer.swarm_monitor = self.swarm_monitor
         self.copy_keeping = CopyKeeping(self.manifest.optimisation.batch)

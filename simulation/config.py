@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lutetia.coordinator.settings import ServeSettings
+from lutetia.protocol.claims import slots_of
+from lutetia.protocol.schema.capabilities import LANES
 from lutetia.protocol.schema.identity import Identity, peer_id_of
 from lutetia.protocol.schema.manifest import Manifest, ShardSpec, Timing, lease_seconds
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.simulation.event_queue import START
 
@@ -38,6 +41,7 @@ class SimulationConfig:
         operators: number of people who run the nodes, in turn, and declare it; 0: one each.
         held_out_clips: fewest and most held-out clips of a shard, whose noise then decides over results (`network.held_out`);
             None: so many that it does not matter.
+        team: lanes of every shard; None: one node trains an epoch.
         signed: records are the real sealed bytes, and every replica and reader verifies them.
     """
 
@@ -73,10 +77,22 @@ class SimulationConfig:
     signed: bool = False
     operators: int = 0
     held_out_clips: tuple[int, int] | None = None
+    team: TeamSpec | None = None
 
     @property
     def lease(self) -> float:
         return lease_seconds(self.heartbeat)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The lanes of all shards; without a team the shards."""
+        return slots_of(self.shards, self.team.lanes if self.team else 1)
+
+
+def with_lanes(config: SimulationConfig, lanes: int) -> SimulationConfig:
+    """The same settings with so many lanes of each shard; 1: without a team. Two epochs' time is the deadline."""
+    team = TeamSpec(lanes=lanes, deadline=2 * config.epoch_seconds) if lanes > 1 else None
+    return replace(config, team=team)
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,7 @@ def make_manifest(config: SimulationConfig) -> Manifest:
         samples_per_shard=batch * _STEPS * config.epochs,
         timing=Timing(heartbeat=config.heartbeat, tenure=config.tenure),
         shards=tuple(_shard(config, index) for index in range(config.shards)),
+        team=config.team, needs=(LANES,) if config.team else (),
     )  # fmt: skip
 
 

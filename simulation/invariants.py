@@ -1,4 +1,4 @@
-"""The seven invariants of the design, checked after every event against what really happened, not against what peers report."""
+"""The eight invariants of the design, checked after every event against what really happened, not against what peers report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from lutetia.coordinator.acceptance.messages import Publish, Write
-from lutetia.coordinator.ledger.events import LineageRolledBack
+from lutetia.coordinator.ledger.events import LaneAccepted, LineageRolledBack
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.node.pacing import LATEST_MANIFEST_QUESTION
+from lutetia.protocol.claims import shard_and_lane, slot_name
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.interfaces import Coordinator, Node, World
+from lutetia.simulation.utilisation import Utilisation
 
 NAMES = {
     "I1": "at most one accepted lineage per (shard, epoch)",
@@ -22,6 +24,7 @@ NAMES = {
     "I5": "a trainer runs exactly while the state machine wants it, and none runs after its node has left",
     "I6": "the status never calls a peer working whose last accepted work is too long ago",
     "I7": "same seed and data, same weights",
+    "I8": "no fit peer is idle for two lease times while a lane has been free as long",
     "end": "a condition at the end of the scenario",
 }
 
@@ -46,12 +49,15 @@ class Invariants:
         """All checkpoints that were ever accepted there, rolled back or not."""
         self.rolled_back = 0
         self.heads = [0] * config.shards
-        self._holders = [0] * config.shards
-        self._free_number = [0] * config.shards
-        self._claim_expires = [0.0] * config.shards
+        self._holders = dict.fromkeys(config.slots, 0)
+        self._free_number = dict.fromkeys(config.slots, 0)
+        self._free_from = dict.fromkeys(config.slots, 0.0)
+        self._claim_expires = dict.fromkeys(config.slots, 0.0)
         self._works: dict[tuple[str, int], list[float]] = {}
-        for shard in range(config.shards):
-            self._became_free(shard)
+        self.utilisation = Utilisation()
+        for slot in config.slots:
+            self._became_free(slot)
+        world.queue.after(config.lease, self._look_at_all)
 
     def _fail(self, name: str, text: str, *causes: int) -> None:
         raise Violation(name, text, self._world.queue.now, causes)
@@ -70,8 +76,9 @@ class Invariants:
             self._fail("I5", f"{peer} trains shard {trainer.shard}, but its state machine works on shard {work and work.shard}")
         if work is not None and work.checkpoint is not None:
             checks["I1"] += 1
-            if work.checkpoint not in self._ever.get((work.shard, work.epoch), ()):
-                place = f"epoch {work.epoch} of shard {work.shard}"
+            shard = shard_and_lane(work.shard)[0]
+            if work.checkpoint not in self._ever.get((shard, work.epoch), ()):
+                place = f"epoch {work.epoch} of shard {shard}"
                 text = f"{peer} trains on {work.checkpoint[:12]} as {place}, which was never accepted"
                 self._fail("I1", text)
         self._follow_holder(peer, work)
@@ -107,11 +114,16 @@ class Invariants:
         if not released:
             self._claim_expires[shard] = max(self._claim_expires[shard], expires)
 
-    def _became_free(self, shard: int) -> None:
-        """No node holds the shard. It is free once the last claim has expired; then the two leases of I4 begin."""
+    def _became_free(self, shard: int, again: bool = False) -> None:
+        """No node holds the shard. It is free once the last claim has expired; then the two leases of I4 begin.
+
+        `again`: it has been free before, and nobody could claim it.
+        """
         self._free_number[shard] += 1
         world = self._world
         free_from = max(world.queue.now, min(self._claim_expires[shard], world.queue.now + world.config.lease))
+        if not again:
+            self._free_from[shard] = free_from
         world.queue.after(
             free_from - world.queue.now + 2 * world.config.lease, self._still_free, shard, self._free_number[shard], free_from
         )
@@ -119,29 +131,53 @@ class Invariants:
     def budget_changed(self) -> None:
         """A newer manifest raises the budget: complete shards are free again once all nodes have asked for it."""
         world = self._world
-        for shard, holders in enumerate(self._holders):
+        for shard, holders in self._holders.items():
             if not holders:
                 self._free_number[shard] += 1
-                free_from = world.queue.now + LATEST_MANIFEST_QUESTION * world.config.lease
+                free_from = self._free_from[shard] = world.queue.now + LATEST_MANIFEST_QUESTION * world.config.lease
                 wait = free_from - world.queue.now + 2 * world.config.lease
                 world.queue.after(wait, self._still_free, shard, self._free_number[shard], free_from)
 
     def _still_free(self, shard: int, number: int, free_from: float) -> None:
         world = self._world
         self.checks["I4"] += 1
-        if number != self._free_number[shard] or self.heads[shard] >= world.manifest.epochs:
+        if number != self._free_number[shard] or self.heads[shard_and_lane(shard)[0]] >= world.manifest.epochs:
             return
-        skew = world.manifest.timing.maximum_clock_skew
+        if (peer := self._idle_since(shard, free_from)) is not None:
+            self._fail("I4", f"{slot_name(shard)} has been free for two leases, and {peer} was idle all the time")
+        self._became_free(shard, again=True)
+
+    def _idle_since(self, slot: int, since: float, *, able: bool = False) -> Node | None:
+        """A node that thinks that the slot fits it, or with `able` one that it really fits, and that was idle since then."""
+        world, skew = self._world, self._world.manifest.timing.maximum_clock_skew
+        shard = shard_and_lane(slot)[0]
         for peer in world.nodes:
-            since = peer.eligible_since
-            if since is None or since > free_from or not peer.answering or abs(peer.skew) > skew:
+            eligible = peer.eligible_since
+            if eligible is None or eligible > since or not peer.answering or abs(peer.skew) > skew:
                 continue
-            if peer.manifest_updates.live.version < world.manifest.version:
+            if peer.manifest_updates.live.version < world.manifest.version or not peer.machine.fitness.get(shard, 0) > 0:
                 continue
-            avoided = peer.state.avoided_until.get(shard, 0.0) - peer.skew > free_from
-            if peer.state.fitness.get(shard, 0) > 0 and not avoided and peer.machine.fitness.get(shard, 0) > 0:
-                self._fail("I4", f"shard {shard} has been free for two leases, and {peer} was idle all the time")
-        self._became_free(shard)
+            if peer.state.avoided_until.get(slot, 0.0) - peer.skew > since:
+                continue
+            thinks = peer.state.fitness.get(slot, 0)
+            fitness = peer.rules.slot_fitness(peer.machine.fitness, peer.trainer.rate)[slot] if able else thinks
+            if fitness > 0 and (peer.device_ok or not able):
+                return peer
+        return None
+
+    # --- I8 ---------------------------------------------------------------------------------------------------------------
+
+    def _look_at_all(self) -> None:
+        """Once per lease: who works, and whether a node and a lane wait for each other."""
+        world, now, lease = self._world, self._world.queue.now, self._world.config.lease
+        self.checks["I8"] += 1
+        self.utilisation.add(world.nodes)
+        epochs = world.manifest.epochs
+        for slot, held in self._holders.items():
+            free = not held and self._free_from[slot] <= now - 2 * lease and self.heads[shard_and_lane(slot)[0]] < epochs
+            if free and (peer := self._idle_since(slot, now - 2 * lease, able=True)) is not None:
+                self._fail("I8", f"{peer} has had no work for two leases, and {slot_name(slot)} was free all the time")
+        world.queue.after(lease, self._look_at_all)
 
     # --- the coordinator --------------------------------------------------------------------------------------------------
 
@@ -155,6 +191,9 @@ class Invariants:
                 self._check_kept(coordinator, action.acceptance.shard, run)
             elif isinstance(action, Write) and isinstance(action.event, LineageRolledBack):
                 self._check_roll_back(action.event)
+            elif isinstance(action, Write) and isinstance(action.event, LaneAccepted):
+                given = action.event.acceptance
+                self._works.setdefault((given.author, given.shard), []).append(self._world.queue.now)
 
     def _check_acceptance(self, action: Publish) -> None:
         given, world = action.acceptance, self._world

@@ -141,16 +141,18 @@ def run_world(
 
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:
     """Figures at the end of the run."""
-    steps = world.manifest.steps_per_epoch
     taken = sum(peer.trainer.taken for peer in world.nodes)
+    counts = world.invariants.utilisation
     return {
+        "utilisation": counts.share(counts.training),
+        "at_work": counts.share(counts.at_work),
         "epochs": list(world.invariants.heads),
         "peers_online": sum(peer.answering for peer in world.nodes),
         "rolled_back": world.invariants.rolled_back,
         "quarantined": len(world.coordinators[0].state.run.quarantined),
         "refused": world.coordinators[0].state.run.rejected,
         "steps_taken": taken,
-        "useful": round(world.accepted * steps / taken, 3) if taken else None,
+        "useful": round(world.useful_steps / taken, 3) if taken else None,
         "keys": len({key for peer in world.nodes for key in peer.parts}),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }

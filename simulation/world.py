@@ -95,7 +95,7 @@ class SimulatedWorld:
                 if sighting.expires > now and (not peer.running or self.links.group(peer.index) == group)
             ]  # fmt: skip
             lease_number = int(now // self.config.lease)
-            members = SharedMembership(self.manifest.run_id, seen, self.config.shards, lease_number)
+            members = SharedMembership(self.manifest.run_id, seen, self.config.slots, lease_number)
             known = self._memberships[group] = moment, members
         return known[1]
 
@@ -125,3 +125,12 @@ class SimulatedWorld:
     @property
     def accepted(self) -> int:
         return len(self.invariants.accepted)
+
+    @property
+    def useful_steps(self) -> int:
+        """Steps of what stands: of accepted epochs, or of the results that were merged into them."""
+        manifest = self.manifest
+        if manifest.team is None:
+            return self.accepted * manifest.steps_per_epoch
+        shards = self.coordinators[0].state.run.shards.values()
+        return sum(manifest.lane_steps(source.lane) for shard in shards for link in shard.lineage for source in link.sources)

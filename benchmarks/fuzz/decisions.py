@@ -200,7 +200,7 @@ def show_swarm(found: Sequence[r.Record]) -> None:
     show_everywhere(status(examples.run_state(), examples.manifest(), live, now, software="0.1"))
     latest_acceptance(record for record in found if isinstance(record, r.AcceptanceRecord | r.ResetRecord))
     standbys = [node.owner for node in nodes if is_standby(node)]
-    assign_shards(examples.manifest().run_id, standbys, len(shards), 1)
+    assign_shards(examples.manifest().run_id, standbys, range(len(shards)), 1)
     for node in nodes:
         assert node.owner in relatives(node.owner, nodes)
 

@@ -28,6 +28,9 @@ def simulate(
     shards: Annotated[
         int | None, setting("SIMULATE_SHARDS", "Number of shards. Default: the scenario's.", min=1, max=4096)
     ] = None,
+    lanes: Annotated[
+        int | None, setting("SIMULATE_LANES", "Lanes of each shard. Default: the scenario's.", min=1, max=256)
+    ] = None,
     keep: Annotated[
         str | None, setting("SIMULATE_KEEP", "Carry out only these steps of the plan, like 0,3,17 (none: -).")
     ] = None,
@@ -44,22 +47,24 @@ def simulate(
         return
     if scenario is None:
         raise UsageError("name a scenario; `lutetia simulate --list` prints all of them")
-    outcome = _run(scenario, peers, seed, seconds, shards, keep, broken)
+    outcome = _run(scenario, peers, seed, seconds, shards, lanes, keep, broken)
     emit(_document(outcome), as_json, lambda: _table(outcome))
     if outcome.violation is not None:
         if not as_json:
             from lutetia.cli.output import console
 
-            console().print(_explanation(outcome, _command(outcome, seconds, shards, broken)), soft_wrap=True)
+            console().print(_explanation(outcome, _command(outcome, seconds, shards, lanes, broken)), soft_wrap=True)
         raise typer.Exit(InvariantError.code)
 
 
 def _run(
-    name: str, peers: int | None, seed: int, seconds: float | None, shards: int | None, keep: str | None, broken: str | None
+    name: str, peers: int | None, seed: int, seconds: float | None, shards: int | None, lanes: int | None, keep: str | None,
+    broken: str | None,
 ) -> SimulationOutcome:  # fmt: skip
     from dataclasses import replace
 
     from lutetia.cli.progress import progress
+    from lutetia.simulation.config import with_lanes
     from lutetia.simulation.faults.mutants import mutant_rules
     from lutetia.simulation.runner import simulate as run
     from lutetia.simulation.runner import steps_of
@@ -68,6 +73,8 @@ def _run(
     chosen = find(name)
     if shards is not None:
         chosen = replace(chosen, config=replace(chosen.config, shards=shards))
+    if lanes is not None:
+        chosen = replace(chosen, config=with_lanes(chosen.config, lanes))
     count = chosen.peers if peers is None else peers
     if count < chosen.min_peers:
         raise UsageError(f"scenario {name} needs at least {chosen.min_peers} peers")
@@ -120,6 +127,8 @@ def _table(outcome: SimulationOutcome) -> RenderableType:
                     or "-"),
         ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, "
                        f"useful share {facts['useful']}"),
+        ("utilisation", f"{_percent(facts['utilisation'])} of the fit nodes train, {_percent(facts['at_work'])} hold a shard or "
+                        "lane, on average"),
         ("checked", ", ".join(f"{name} {count}" for name, count in sorted(outcome.checks.items()))),
         ("cost", f"{sum(costs.messages.values()) / outcome.peers / outcome.seconds:.2f} messages/s and "
                  f"{sum(costs.bytes.values()) / outcome.peers / outcome.seconds:.0f} bytes/s per peer, "
@@ -129,6 +138,10 @@ def _table(outcome: SimulationOutcome) -> RenderableType:
     for name, text in rows:
         table.add_row(name, text)
     return table
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _short(numbers: list[int]) -> str:
@@ -144,10 +157,11 @@ def _explanation(outcome: SimulationOutcome, command: str) -> str:
     )
 
 
-def _command(outcome: SimulationOutcome, seconds: float | None, shards: int | None, broken: str | None) -> str:
+def _command(outcome: SimulationOutcome, seconds: float | None, shards: int | None, lanes: int | None, broken: str | None) -> str:
     parts = ["lutetia simulate", outcome.scenario, f"--peers {outcome.peers} --seed {outcome.seed}"]
     parts += [f"--seconds {seconds:g}"] if seconds is not None else []
     parts += [f"--shards {shards}"] if shards is not None else []
+    parts += [f"--lanes {lanes}"] if lanes is not None else []
     parts += [f"--keep {','.join(map(str, outcome.shortest)) or '-'}"]
     return " ".join([*parts, *([f"--broken {broken}"] if broken else [])])
 

@@ -185,5 +185,9 @@ def is_newcomer(run: RunState, owner: str, epochs: int) -> bool:
 
 def unproved_depth(shard: ShardLedger) -> int:
     """The number of epochs at the end of the lineage since the last one that was, or is to be, replayed whole."""
-    proved = (place for place, link in enumerate(reversed(shard.lineage)) if link.whole and link.audit == "valid")
+    proved = (
+        place
+        for place, link in enumerate(reversed(shard.lineage))
+        if any(one.whole and one.audit == "valid" for one in link.makers)
+    )
     return next(proved, len(shard.lineage))

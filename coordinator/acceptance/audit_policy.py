@@ -92,10 +92,11 @@ def audit_parent(transition: JudgeTransition, shard: int) -> None:
     ledger = transition.run.shards[shard]
     if ledger.acceptance is None or not ledger.lineage:
         return
-    link, known = ledger.lineage[-1], transition.run.audits.get(ledger.acceptance.checkpoint)
-    if link.whole or (known and known.whole) or not can_roll_back(transition.run, shard, ledger.acceptance.checkpoint):
-        return
-    transition.write(due_audit(transition.run, shard, ledger.acceptance.checkpoint, transition.now, True, "refusals"))
+    for maker in ledger.lineage[-1].makers:
+        checkpoint = maker.acceptance.checkpoint
+        known = transition.run.audits.get(checkpoint)
+        if not (maker.whole or (known and known.whole)) and can_roll_back(transition.run, shard, checkpoint):
+            transition.write(due_audit(transition.run, shard, checkpoint, transition.now, True, "refusals"))
 
 
 def refused_by_content(shard: ShardLedger) -> int:
@@ -117,7 +118,7 @@ def audits_lag(run: RunState, shard: int, epoch: int) -> bool:
     """
     due = [audit.epoch for audit in run.audits.values() if audit.shard == shard]
     if suspects := run.shards[shard].suspects:
-        due += [link.acceptance.epoch for link in run.shards[shard].lineage if link.acceptance.checkpoint in suspects]
+        due += [link.acceptance.epoch for link in run.shards[shard].trained if link.acceptance.checkpoint in suspects]
     return any(epoch - earlier > HISTORY - 2 for earlier in due)
 
 
@@ -182,7 +183,7 @@ def audit_job(transition: JudgeTransition, audit: PendingAudit, process: ReplayP
 
 def steps_of(rules: JudgeRules, audit: PendingAudit) -> int:
     """How many steps a replay takes: all, or a secret number of first ones. The same at each try."""
-    epoch = rules.manifest.steps_per_epoch
+    epoch = rules.manifest.lane_steps(audit.lane)
     if audit.whole:
         return epoch
     return secret_steps(lottery(rules.secret, audit.checkpoint, "steps"), rules.manifest.audit.replay_steps, epoch)

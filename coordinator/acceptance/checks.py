@@ -141,6 +141,8 @@ def check_lineage(offered: RecordUnderCheck) -> Verdict | None:
     """For a record of the shard's next epoch: its parent is the accepted checkpoint, and it has all samples up to its epoch."""
     record, manifest = offered.record, offered.manifest
     shard = offered.run.shards[record.shard]
+    if record.lane >= manifest.lanes:
+        return Verdict("invalid", "lineage", f"shard {record.shard} has {manifest.lanes} lanes, and none of number {record.lane}")
     if record.epoch > manifest.epochs:
         return Verdict("invalid", "lineage", f"shard {record.shard} ends at epoch {manifest.epochs}, not at {record.epoch}")
     if record.parent != shard.accepted:

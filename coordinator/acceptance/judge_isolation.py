@@ -23,12 +23,14 @@ from lutetia.coordinator.acceptance.messages import (
     LedgerFacts,
     LendAudit,
     LimitsKnown,
+    Merged,
     Offered,
     Proved,
     Stimulus,
 )
 from lutetia.coordinator.acceptance.state_machine import judge
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState, released
+from lutetia.protocol.claims import slot_of
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 
 _ASK_AGAIN_SECONDS = 60.0
@@ -78,7 +80,7 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
             verdict, fetching = Verdict("inconclusive", "transfer", text), state.fetching - {key_of(record)}
             return _again(rules, state, FetchDone(record, verdict, now), replace(state, fetching=fetching), error)
         case CheckDone(record=record, now=now):
-            checking = {shard: held for shard, held in state.checking.items() if shard != record.shard}
+            checking = {slot: held for slot, held in state.checking.items() if slot != slot_of(record.shard, record.lane)}
             verdict = Verdict("inconclusive", "transfer", text)
             return _again(rules, state, CheckDone(record, verdict, now), replace(state, checking=checking), error)
         case Audited(checkpoint=checkpoint):
@@ -91,6 +93,8 @@ def _fallback(rules: JudgeRules, state: JudgeState, stimulus: Stimulus, error: E
         case AuditDelivered(checkpoint=checkpoint):
             lent = {lent: to for lent, to in state.lent.items() if lent != checkpoint}
             return Judgement(replace(state, lent=lent), (), error)
+        case Merged(shard=shard):
+            return Judgement(replace(state, merging={k: v for k, v in state.merging.items() if k != shard}), (), error)
         case JudgeTick() | LedgerFacts() | LimitsKnown():
             return Judgement(state, (), error)
 

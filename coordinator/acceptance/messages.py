@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,6 +73,17 @@ class Proved:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """The merge of these results of a shard has ended: the verdict of the checks on it, and its record if there is one."""
+
+    shard: int
+    sources: tuple[str, ...]
+    record: CheckpointRecord | None
+    verdict: Verdict
+    now: float
+
+
+@dataclass(frozen=True)
 class AuditWanted:
     """Peer `owner` is free to audit. `related`: peers of its operator or address, whose work it must not judge."""
 
@@ -103,11 +115,13 @@ class LimitsKnown:
 class JudgeTick:
     """Time has passed: retries may be due.
 
-    `auditors`: the peers whose node records say that they are free; None: not known.
+    `auditors`: the peers whose node records say that they are free; None: not known. `at_work`: by shard the lanes that are
+    claimed; None: not known, or the run has no lanes.
     """
 
     now: float
     auditors: frozenset[str] | None = None
+    at_work: Mapping[int, frozenset[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,17 @@ class LedgerFacts:
 
 
 Stimulus = (
-    Offered | FetchDone | CheckDone | Audited | Proved | AuditWanted | AuditDelivered | LimitsKnown | JudgeTick | LedgerFacts
+    Offered
+    | FetchDone
+    | CheckDone
+    | Audited
+    | Proved
+    | Merged
+    | AuditWanted
+    | AuditDelivered
+    | LimitsKnown
+    | JudgeTick
+    | LedgerFacts
 )
 
 
@@ -165,6 +189,26 @@ class Publish:
 
     acceptance: AcceptanceRecord
     record: CheckpointRecord
+
+
+@dataclass(frozen=True)
+class KeepResult:
+    """Keep the blobs of a lane's accepted result: they are merged, and audits replay it."""
+
+    record: CheckpointRecord
+
+
+@dataclass(frozen=True)
+class StartMerge:
+    """Merge these accepted results, by lane, into `epoch` of the shard, check it, then send `Merged`.
+
+    `parent` None: they were trained from the initial model.
+    """
+
+    shard: int
+    epoch: int
+    parent: AcceptanceRecord | None
+    sources: tuple[AcceptedEpoch, ...]
 
 
 ReplayProcess = Literal["audit", "parent", "proof"]
@@ -214,5 +258,6 @@ class DiscardCandidate:
 
 
 Action = (
-    Write | Answer | StartFetch | StartCheck | Publish | StartAudit | StartProof | LendAudit | PublishReset | DiscardCandidate
-)
+    Write | Answer | StartFetch | StartCheck | Publish | KeepResult | StartMerge | StartAudit | StartProof | LendAudit
+    | PublishReset | DiscardCandidate
+)  # fmt: skip

@@ -132,7 +132,7 @@ def _parent_is_sound(transition: JudgeTransition, shard: ShardLedger) -> bool:
     """Whether the parent's whole epoch was replayed and found valid, or cannot be: then its acceptance is all there is."""
     if not shard.lineage or not can_roll_back(transition.run, shard.lineage[-1].acceptance.shard, shard.accepted or ""):
         return True
-    return shard.lineage[-1].whole and shard.lineage[-1].audit == "valid"
+    return all(maker.whole and maker.audit == "valid" for maker in shard.lineage[-1].makers)
 
 
 def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAudit:
@@ -145,7 +145,7 @@ def _replay_of(transition: JudgeTransition, candidate: WaitingResult) -> StartAu
         author=record.owner, tenure_until=transition.now, holdout_loss=candidate.doubt.loss,
     )  # fmt: skip
     link = AcceptedEpoch(end, transition.now, run.budgets, record.trace, record.made)
-    due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True)
+    due = PendingAudit(record.shard, record.epoch, record.owner, record.digest, candidate.seen, whole=True, lane=record.lane)
     return StartAudit(due, link, run.shards[record.shard].acceptance, steps_of(transition.rules, due), "proof")
 
 

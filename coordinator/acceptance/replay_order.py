@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from lutetia.coordinator.acceptance.intake.newcomer_holds import holds_up
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
-from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, WaitingResult
+from lutetia.coordinator.ledger.run_state import HISTORY, PendingAudit, RunState, ShardLedger, WaitingResult
 
 AuditRank = tuple[int, int, bool, float, str]
 
@@ -27,7 +27,7 @@ def awaited_audits(run: RunState, doubted: WaitingResult) -> Iterator[PendingAud
     """The due audits that the proof of this result waits for: that of its parent, and those without which nothing is accepted."""
     shard, epoch = doubted.record.shard, doubted.record.epoch
     for audit in run.audits.values():
-        if audit.shard == shard and (audit.checkpoint == run.shards[shard].accepted or epoch - audit.epoch > HISTORY - 2):
+        if audit.shard == shard and (audit.checkpoint in _parents(run.shards[shard]) or epoch - audit.epoch > HISTORY - 2):
             yield audit
 
 
@@ -46,7 +46,7 @@ def holds_up_a_proof(run: RunState, audit: PendingAudit, strangers: bool = False
 
 def is_waited_for(rules: JudgeRules, run: RunState, audit: PendingAudit) -> bool:
     """Whether a result waits for its end: then the coordinator carries it out at once, also while a peer has it."""
-    return holds_up_a_proof(run, audit) or holds_up(run, rules.manifest.timing, audit, rules.newcomer_epochs)
+    return holds_up_a_proof(run, audit) or holds_up(run, rules.manifest, audit, rules.newcomer_epochs)
 
 
 def audit_rank(rules: JudgeRules, run: RunState, audit: PendingAudit) -> AuditRank:
@@ -58,6 +58,12 @@ def audit_rank(rules: JudgeRules, run: RunState, audit: PendingAudit) -> AuditRa
 def loan_rank(run: RunState, audit: PendingAudit) -> tuple[bool, float, str]:
     """Place of an audit among those that peers may take."""
     return not holds_up_a_proof(run, audit, strangers=True), audit.since, audit.checkpoint
+
+
+def _parents(shard: ShardLedger) -> set[str]:
+    """The digest of the accepted checkpoint, or of the results from which it was merged."""
+    makers = shard.lineage[-1].makers if shard.lineage else ()
+    return {shard.accepted or "", *(maker.acceptance.checkpoint for maker in makers)}
 
 
 def _known(waiting: WaitingResult) -> bool:

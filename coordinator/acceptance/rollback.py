@@ -12,6 +12,7 @@ from lutetia.coordinator.ledger.events import (
     AuditDue,
     AuditReason,
     Event,
+    LaneDropped,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
@@ -22,6 +23,7 @@ from lutetia.coordinator.ledger.events import (
     RollbackReason,
 )
 from lutetia.coordinator.ledger.run_state import AcceptedEpoch, RunState
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.schema.records import AcceptanceRecord, ResetRecord
 
 KEPT_DEPTH, KEPT_PROOFS = 4, 2
@@ -80,10 +82,21 @@ def roll_back(transition: JudgeTransition, shard: int, epoch: int, checkpoint: s
     ledger = transition.run.shards[shard]
     event = LineageRolledBack(
         time=transition.now, shard=shard, epoch=epoch, term=ledger.term + 1, dropped=ledger.epoch - epoch, checkpoint=checkpoint,
-        why=why,
+        why=why, kept=_merged_again(transition.run, shard, epoch + 1, checkpoint) if why == "invalid" else (),
     )  # fmt: skip
     move_shard(transition, shard, event)
     transition.actions.append(PublishReset(standing(transition.rules, transition.run, shard, transition.now)))
+
+
+def _merged_again(run: RunState, shard: int, epoch: int, checkpoint: str) -> tuple[str, ...]:
+    """The digests of the results of an epoch's other lanes, which are gathered again when one of them proves invalid."""
+    link = next((link for link in run.shards[shard].lineage if link.acceptance.epoch == epoch), None)
+    sources = link.sources if link else ()
+    return tuple(
+        source.acceptance.checkpoint
+        for source in sources
+        if source.acceptance.checkpoint != checkpoint and source.acceptance.author not in run.quarantined
+    )
 
 
 def weigh_lineage(run: RunState, shard: int, checkpoint: str) -> tuple[Literal["kept", "open", "void"], str]:
@@ -92,6 +105,7 @@ def weigh_lineage(run: RunState, shard: int, checkpoint: str) -> tuple[Literal["
     They are kept if they have proved to be good work: there are at least KEPT_DEPTH of them, the held-out loss at their end is
     lower than before the invalid epoch, and of at least KEPT_PROOFS of them, by authors who are not quarantined, a replay of the
     whole epoch was valid. The question is open while replays that may still prove it are due.
+    In a run with lanes they are not kept: the invalid result is taken out, and the epoch is merged again without it.
     """
     ledger = run.shards[shard]
     link = ledger.link(checkpoint)
@@ -100,6 +114,8 @@ def weigh_lineage(run: RunState, shard: int, checkpoint: str) -> tuple[Literal["
     before = ledger.before(link)
     base, loss = before.acceptance.holdout_loss if before else ledger.baseline, ledger.acceptance.holdout_loss
     above = [other for other in ledger.lineage if other.acceptance.epoch > link.acceptance.epoch]
+    if link.acceptance.lanes:
+        return "void", f"lane {link.lane} is taken out of its merge"
     if len(above) < KEPT_DEPTH:
         return "void", f"only {len(above)} epochs stand on it"
     if base is None or not loss < base:
@@ -118,7 +134,9 @@ def condemn(transition: JudgeTransition, shard: int, checkpoint: str) -> None:
 
     Only the newest can be replayed: the training states of older ones are not kept.
     """
-    if weigh_lineage(transition.run, shard, checkpoint)[0] != "kept":
+    if transition.run.shards[shard].link(checkpoint) is None:
+        return  # the result of a lane that was not merged: it was dropped with its author's quarantine
+    if weigh_lineage(transition.run, shard, checkpoint)[0] != "kept" and not transition.rules.manifest.team:
         ledger = transition.run.shards[shard]
         epoch = next(link.acceptance.epoch for link in ledger.lineage if link.acceptance.checkpoint == checkpoint)
         above = [link for link in ledger.lineage if link.acceptance.epoch > epoch]
@@ -166,13 +184,28 @@ def move_shard(transition: JudgeTransition, shard: int, event: LineageRolledBack
     waiting = [candidate.record for candidate in transition.run.shards[shard].candidates.values()]
     transition.write(event)
     _forget_check(transition, shard)
+    transition.set(merging={index: merging for index, merging in transition.state.merging.items() if index != shard})
     transition.actions += [DiscardCandidate(record) for record in waiting]
     transition.tidy(shard)
 
 
 def quarantine(transition: JudgeTransition, event: PeerQuarantined | QuarantineRecovered) -> None:
-    """Quarantine a peer and refuse all its candidates."""
+    """Quarantine a peer, refuse all its candidates, and drop its results that wait for their merge."""
     transition.write(event)
+    for index, ledger in transition.run.shards.items() if transition.rules.manifest.team else ():
+        for lane, link in ledger.gathered.items():
+            if link.acceptance.author == event.owner:
+                dropped = link.acceptance
+                transition.write(
+                    LaneDropped(
+                        time=transition.now,
+                        shard=index,
+                        epoch=dropped.epoch,
+                        owner=event.owner,
+                        checkpoint=dropped.checkpoint,
+                        lane=lane,
+                    )
+                )
     for index in sorted(transition.state.pending):
         waiting = transition.run.shards[index].candidates.get(event.owner)
         if waiting:
@@ -206,7 +239,7 @@ def re_audits(run: RunState, owner: str, now: float) -> list[AuditDue]:
     earlier = [
         (link.at, shard, link.acceptance.checkpoint)
         for shard in run.shards
-        for link in run.shards[shard].lineage
+        for link in run.shards[shard].trained
         if link.acceptance.author == owner and _needs_re_audit(run, shard, link)
     ]
     return [due_audit(run, shard, checkpoint, now, True, "re-audit") for _, shard, checkpoint in sorted(earlier)]
@@ -221,6 +254,11 @@ def _needs_re_audit(run: RunState, shard: int, link: AcceptedEpoch) -> bool:
 
 
 def _forget_check(transition: JudgeTransition, shard: int, owner: str | None = None) -> None:
-    checking = transition.state.checking
-    if shard in checking and owner in (None, checking[shard][0]):
-        transition.set(checking={k: v for k, v in checking.items() if k != shard})
+    """Checks of candidates of this shard do not count any more, of all or of one owner."""
+    gone = {
+        slot
+        for slot, (author, _) in transition.state.checking.items()
+        if shard_and_lane(slot)[0] == shard and owner in (None, author)
+    }
+    if gone:
+        transition.set(checking={slot: held for slot, held in transition.state.checking.items() if slot not in gone})

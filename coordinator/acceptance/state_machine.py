@@ -6,6 +6,7 @@ not pass all checks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import assert_never
 
@@ -37,6 +38,7 @@ from lutetia.coordinator.acceptance.intake.fetch_queue import (
 from lutetia.coordinator.acceptance.intake.newcomer_holds import hold
 from lutetia.coordinator.acceptance.intake.owner_orders import dismiss_banned, is_paused, paused_reply
 from lutetia.coordinator.acceptance.intake.rate_limits import end_loans, forget_offers, forget_origins, over_rate
+from lutetia.coordinator.acceptance.lanes.merging import gather, receive_merge, start_merges, supersede
 from lutetia.coordinator.acceptance.messages import (
     Action,
     Answer,
@@ -50,6 +52,7 @@ from lutetia.coordinator.acceptance.messages import (
     LedgerFacts,
     LendAudit,
     LimitsKnown,
+    Merged,
     Offered,
     Proved,
     Publish,
@@ -81,9 +84,9 @@ from lutetia.coordinator.ledger.events import (
     CheckpointAccepted,
     DoubtReason,
     ResultSeen,
-    ResultSuperseded,
 )
 from lutetia.coordinator.ledger.run_state import HISTORY, ShardLedger, WaitingResult
+from lutetia.protocol.claims import slot_of
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.records import CheckpointRecord
 
@@ -108,7 +111,10 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
             transition.receive_audit_request(stimulus)
         case AuditDelivered():
             receive_report(transition, stimulus)
+        case Merged():
+            receive_merge(transition, stimulus)
         case JudgeTick():
+            transition.set(at_work=stimulus.at_work)
             end_loans(transition, stimulus.auditors)
             forget_offers(transition)
             forget_origins(transition)
@@ -126,6 +132,7 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         transition.start_fetches()
         start_proofs(transition)
     start_audit(transition)
+    start_merges(transition)
     return transition.state, tuple(transition.actions)
 
 
@@ -174,7 +181,8 @@ class _ResultTransition(JudgeTransition):
         Records in the DHT cost their authors nothing and come from no address: they get at most half the places of a shard.
         """
         polled = offer.via == "poll" and not is_known(self.run, offer.record.owner)
-        if len(shard.candidates) < self.rules.candidates_per_shard // (2 if polled else 1):
+        there = sum(one.record.lane == offer.record.lane for one in shard.candidates.values())
+        if there < self.rules.candidates_per_shard // (2 if polled else 1):
             return True
         last = None if polled else gives_way(self.state, WaitingResult(offer.record, self.now))
         if last and key_of(last.record) in self.state.held:
@@ -246,19 +254,21 @@ class _ResultTransition(JudgeTransition):
             record = candidate.record
             if free <= 0:
                 return
-            if record.shard in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
+            slot = slot_of(record.shard, record.lane)
+            if slot in self.state.checking or audits_lag(self.run, record.shard, record.epoch):
                 continue
-            self.set(checking={**self.state.checking, record.shard: (record.owner, record.digest)})
+            self.set(checking={**self.state.checking, slot: (record.owner, record.digest)})
             self.actions.append(StartCheck(record, self.run.shards[record.shard].acceptance))
             free -= 1
 
     def finish_check(self, record: CheckpointRecord, verdict: Verdict) -> None:
         """Accept or refuse the candidate that was checked."""
-        if self.state.checking.get(record.shard) != (record.owner, record.digest):
+        slot = slot_of(record.shard, record.lane)
+        if self.state.checking.get(slot) != (record.owner, record.digest):
             return  # a late answer, from before the worker process restarted or the candidate was discarded
         fetched = dict(self.state.fetched)
         verdict = replace(verdict, costs=(*fetched.pop(key_of(record), ()), *verdict.costs))
-        self.set(checking={k: v for k, v in self.state.checking.items() if k != record.shard}, fetched=fetched)
+        self.set(checking={k: v for k, v in self.state.checking.items() if k != slot}, fetched=fetched)
         shard = self.run.shards[record.shard]
         if record.epoch == 1 and shard.baseline is None and verdict.parent_loss is not None:
             self.write(BaselineMeasured(time=self.now, shard=record.shard, loss=verdict.parent_loss))
@@ -295,19 +305,24 @@ class _ResultTransition(JudgeTransition):
             self.write(due_audit(self.run, record.shard, record.digest, self.now, True, "proof"))
 
     def _is_held(self, candidate: WaitingResult) -> bool:
-        held = hold(self.run, self.rules.manifest.timing, candidate, self.rules.newcomer_epochs)
+        held = hold(self.run, self.rules.manifest, candidate, self.rules.newcomer_epochs)
         return held is not None and self.now < held.until
 
     def release_held(self) -> None:
         """Of each shard where the wait of a held result is over, accept the held result that is first in line."""
         for shard in sorted({shard for shard, _, _ in self.state.held}):
             held = next_held(self.state, shard, lambda digest: lottery(self.rules.secret, digest, "held"))
-            if held and not all(map(self._is_held, held)):
-                record = held[0].record
-                verdict = self.state.held[key_of(record)]
-                if not audits_lag(self.run, shard, record.epoch):
-                    self.set(held={key: other for key, other in self.state.held.items() if key[0] != shard})
-                    self._accept_checked(record, verdict)
+            for lane in sorted({one.record.lane for one in held}):
+                self._release_held([one for one in held if one.record.lane == lane])
+
+    def _release_held(self, held: Sequence[WaitingResult]) -> None:
+        """`held`: the held results of one lane of a shard."""
+        record = held[0].record
+        if all(map(self._is_held, held)) or audits_lag(self.run, record.shard, record.epoch):
+            return
+        verdict, gone = self.state.held[key_of(record)], {key_of(one.record) for one in held}
+        self.set(held={key: other for key, other in self.state.held.items() if key not in gone})
+        self._accept_checked(record, verdict)
 
     def finish_proofs(self) -> None:
         """Accept the doubted results whose training was replayed."""
@@ -335,6 +350,9 @@ class _ResultTransition(JudgeTransition):
             or verdict.parent_loss is None
         ):
             raise AssertionError(f"the checks passed epoch {record.epoch} on epoch {shard.epoch} of shard {record.shard}")
+        if self.rules.manifest.team:
+            gather(self, record, verdict)
+            return
         acceptance = acceptance_of(self.rules, record, shard.term, verdict.loss, self.now)
         build = build_of(record, self.rules.manifest)
         note_success(self, record)
@@ -347,12 +365,4 @@ class _ResultTransition(JudgeTransition):
         if not verdict.text:  # else its whole epoch is replayed, before or after
             consider_audit(self, record)
         self.actions.append(Publish(acceptance, record))
-        for other in tuple(self.run.shards[record.shard].candidates.values()):
-            late = other.record
-            self.write(
-                ResultSuperseded(
-                    time=self.now, shard=late.shard, epoch=late.epoch, owner=late.owner, checkpoint=late.digest, by=record.digest
-                )
-            )
-            self.actions.append(DiscardCandidate(late))
-        self.tidy(record.shard)
+        supersede(self, record.shard, record.digest)

@@ -35,6 +35,17 @@ class Loan(NamedTuple):
     """When the peer last asked for it."""
 
 
+class RunningMerge(NamedTuple):
+    """A merge of one shard that is being made, or that is made again at `again_at` (Unix seconds)."""
+
+    sources: tuple[str, ...]
+    """Digests of the merged results, by lane; empty: none is being made."""
+    attempts: int = 0
+    again_at: float = 0.0
+    alone: bool = False
+    """Their merge failed a check: the best result goes on alone."""
+
+
 @dataclass(frozen=True)
 class JudgeRules:
     """What does not change while the service runs under one manifest. Times are seconds."""
@@ -95,7 +106,11 @@ class JudgeState:
     failures: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     """Source or owner -> (fetches and checks that failed one after the other, when the last one did)."""
     checking: Mapping[int, tuple[str, str]] = field(default_factory=dict)
-    """Shard -> (owner, digest) of the candidate under check."""
+    """Slot (without lanes: shard) -> (owner, digest) of the candidate under check."""
+    merging: Mapping[int, RunningMerge] = field(default_factory=dict)
+    """Shard -> the merge of its lanes that is under way, or was."""
+    at_work: Mapping[int, frozenset[int]] | None = None
+    """Shard -> the lanes that are claimed; None: not known."""
     offers: PersistentMap[str, tuple[float, ...]] = field(default_factory=PersistentMap)
     """Peer -> times of its offers within the last minute."""
     auditing: str | None = None
@@ -129,6 +144,8 @@ class JudgeChanges(TypedDict, total=False):
     origins: PersistentMap[str, str]
     failures: Mapping[str, tuple[int, float]]
     checking: Mapping[int, tuple[str, str]]
+    merging: Mapping[int, RunningMerge]
+    at_work: Mapping[int, frozenset[int]] | None
     offers: PersistentMap[str, tuple[float, ...]]
     auditing: str | None
     proving: tuple[str, str] | None
@@ -185,7 +202,13 @@ def refusal(record: CheckpointRecord, verdict: Verdict, now: float, again_at: fl
 def earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -> OfferReply | None:
     """The reply to a result that is decided or waiting already; None for a new one."""
     digest = record.digest
-    if run.peer(record.owner).checkpoint == digest and shard.link(digest):
+    gathered = shard.gathered.get(record.lane)
+    if gathered and record.epoch == shard.epoch + 1 and record.parent == shard.accepted:
+        if gathered.acceptance.checkpoint == digest:
+            return OfferReply(verdict="gathered", text=f"it is the result of lane {record.lane} and waits for the merge")
+        text = f"another result of lane {record.lane} of shard {record.shard} was accepted first; wait for the merge"
+        return OfferReply(verdict="superseded", text=text)
+    if run.peer(record.owner).checkpoint == digest and (link := shard.link(digest)) and not link.acceptance.lanes:
         return OfferReply(verdict="accepted")
     if shard.term and record.epoch > shard.epoch and (record.epoch > shard.epoch + 1 or record.parent != shard.accepted):
         text = f"shard {record.shard} was rolled back to epoch {shard.epoch}; sync it and go on from there"
@@ -204,10 +227,12 @@ def earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -
     return None
 
 
-def acceptance_of(rules: JudgeRules, record: CheckpointRecord, term: int, loss: float, now: float) -> AcceptanceRecord:
-    """The acceptance of a result that has passed its checks."""
+def acceptance_of(
+    rules: JudgeRules, record: CheckpointRecord, term: int, loss: float, now: float, lanes: tuple[int, ...] = ()
+) -> AcceptanceRecord:
+    """The acceptance of a result that has passed its checks; `lanes`: those of the run's team from which it is."""
     return AcceptanceRecord(
         run=record.run, owner=rules.coordinator, issued=now, shard=record.shard, epoch=record.epoch, checkpoint=record.digest,
         parent=record.parent, weights=record.weights, state=record.state, samples=record.samples, author=record.owner,
-        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss, term=term,
+        tenure_until=now + rules.manifest.timing.tenure, holdout_loss=loss, term=term, lanes=lanes,
     )  # fmt: skip

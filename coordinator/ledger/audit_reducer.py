@@ -64,13 +64,14 @@ def add_costs(state: RunState, costs: Iterable[CheckCost]) -> Mapping[tuple[Chec
 
 def _with_audit(shard: ShardLedger, checkpoint: str, audit: AuditState, whole: bool = False) -> ShardLedger:
     """The shard with a new audit state of one accepted epoch. An invalid one is nobody's credit."""
-    lineage = tuple(
-        replace(link, audit=audit, whole=whole, samples=0 if audit == "invalid" else link.samples)
-        if link.acceptance.checkpoint == checkpoint
-        else link
-        for link in shard.lineage
-    )
-    return shard.updated(lineage=lineage)
+
+    def marked(link: AcceptedEpoch) -> AcceptedEpoch:
+        if link.acceptance.checkpoint == checkpoint:
+            return replace(link, audit=audit, whole=whole, samples=0 if audit == "invalid" else link.samples)
+        return replace(link, sources=tuple(map(marked, link.sources))) if link.sources else link
+
+    gathered = {lane: marked(link) for lane, link in shard.gathered.items()}
+    return shard.updated(lineage=tuple(map(marked, shard.lineage)), gathered=gathered)
 
 
 def apply_audit_due(state: RunState, event: AuditDue) -> Changes:
@@ -78,7 +79,7 @@ def apply_audit_due(state: RunState, event: AuditDue) -> Changes:
     link = shard.link(event.checkpoint)
     if link is None:
         raise LedgerOutOfOrder(f"an audit of {event.checkpoint[:12]} is due, which shard {event.shard} has not accepted")
-    pending = PendingAudit(event.shard, event.epoch, event.owner, event.checkpoint, link.at, event.whole)
+    pending = PendingAudit(event.shard, event.epoch, event.owner, event.checkpoint, link.at, event.whole, lane=link.lane)
     shards = state.shards.set(event.shard, _with_audit(shard, event.checkpoint, "due"))
     return {"shards": shards, "audits": {**state.audits, event.checkpoint: pending}}
 
@@ -147,7 +148,7 @@ def apply_acceptance_recovered(state: RunState, event: AcceptanceRecovered) -> C
     shard = shard.updated(
         epoch=given.epoch, term=given.term, acceptance=given, accepted_at=given.issued,
         suspects=(), lineage=(AcceptedEpoch(given, given.issued, state.budgets, samples=samples),),
-        candidates={}, judged={}, refuted=0, refuted_at=0.0,
+        candidates={}, judged={}, gathered={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != given.shard}
     return {**changes, "shards": state.shards.set(given.shard, shard), "accepted": accepted, "audits": audits}
@@ -160,7 +161,7 @@ def apply_reset_recovered(state: RunState, event: ResetRecovered) -> Changes:
         raise LedgerOutOfOrder(f"shard {event.shard} in term {shard.term} cannot be reset in term {event.term}")
     audits = {checkpoint: audit for checkpoint, audit in state.audits.items() if audit.shard != event.shard}
     shards = state.shards.set(event.shard, ShardLedger(baseline=shard.baseline, term=event.term))
-    credit = void_epochs(state, event.shard, shard.lineage, whole=True)
+    credit = void_epochs(state, event.shard, shard.trained, whole=True)
     return {"shards": shards, "audits": audits, **_NO_MIXTURE, "finished": False, "credit": credit}
 
 
@@ -171,15 +172,19 @@ def apply_rolled_back(state: RunState, event: LineageRolledBack) -> Changes:
     known = event.epoch == 0 or (lineage and lineage[-1].acceptance.epoch == event.epoch)
     if event.term != shard.term + 1 or event.epoch >= shard.epoch or not known:
         raise LedgerOutOfOrder(f"shard {event.shard} at epoch {shard.epoch} cannot be rolled back to epoch {event.epoch}")
-    void = shard.lineage[len(lineage) :]
-    gone = {link.acceptance.checkpoint for link in void}
-    credit = void_epochs(state, event.shard, void, whole=event.epoch == 0)
+    dropped = shard.lineage[len(lineage) :]
+    kept = {link.lane: link for link in dropped[0].sources if link.acceptance.checkpoint in event.kept}
+    makers = (*(maker for link in dropped for maker in link.makers), *shard.gathered.values())
+    void = [maker for maker in makers if maker.acceptance.checkpoint not in event.kept]
+    gone = {link.acceptance.checkpoint for link in (*dropped, *void)}
+    credit = void_epochs(state, event.shard, void, whole=event.epoch == 0 and not event.kept)
     if lineage:
         head = lineage[-1]
         head = replace(head, acceptance=head.acceptance.model_copy(update={"term": event.term}))
         lineage = (*lineage[:-1], head)
     shard = shard.updated(
-        epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={}, refuted=0, refuted_at=0.0,
+        epoch=event.epoch, term=event.term, lineage=lineage, candidates={}, judged={}, gathered=kept, refuted=0,
+        refuted_at=0.0,
         suspects=tuple(checkpoint for checkpoint in shard.suspects if checkpoint not in gone),
         acceptance=lineage[-1].acceptance if lineage else None, accepted_at=lineage[-1].at if lineage else None,
     )  # fmt: skip

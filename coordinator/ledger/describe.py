@@ -20,10 +20,14 @@ from lutetia.coordinator.ledger.events import (
     CopiesKept,
     Event,
     HoldoutBurnt,
+    LaneAccepted,
+    LaneDropped,
+    LanesMerged,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
     ManifestPublished,
+    MergeRefused,
     MixtureStitched,
     PeerPardoned,
     PeerQuarantined,
@@ -77,6 +81,19 @@ def sentence(event: Event) -> str:
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted, "
                 f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}{f' ({event.note})' if event.note else ''}"
             )
+        case LaneAccepted(acceptance=given):
+            return (
+                f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted as lane "
+                f"{given.lanes[0]}, held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+            )
+        case LanesMerged(acceptance=given):
+            return (
+                f"shard {given.shard} epoch {given.epoch}: lanes {_list(given.lanes)} merged into {given.checkpoint[:12]}, "
+                f"held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+            )
+        case MergeRefused():
+            why = f"fails check {event.check}: {event.text}; the best of them goes on alone"
+            return f"shard {event.shard} epoch {event.epoch}: the merge of lanes {_list(event.lanes)} {why}"
         case LineageRolledBack():
             back = f"rolled back to epoch {event.epoch}, {event.dropped} epochs are void (term {event.term})"
             why = f"because {event.checkpoint[:12]} was found invalid" if event.why == "invalid" else "by the run's operator"
@@ -113,6 +130,10 @@ def _order(given: GivenOrder) -> str:
     return f"the owner {word}{peer}{because(given.text)}"
 
 
+def _list(lanes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, lanes))
+
+
 def _verdict(
     event: ResultRefused
     | ResultDoubted
@@ -122,9 +143,12 @@ def _verdict(
     | AuditReported
     | PeerQuarantined
     | LineageSuspected
-    | LineageKept,
+    | LineageKept
+    | LaneDropped,
 ) -> str:
     match event:
+        case LaneDropped():
+            return f"is left out of lane {event.lane}: its author was quarantined"
         case ResultRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
             return f"is {event.verdict}, check {event.check}: {event.text}{again}"

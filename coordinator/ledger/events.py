@@ -12,12 +12,14 @@ from pydantic import AliasChoices, Field, TypeAdapter
 
 from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import (
+    MOST_LANES,
     MOST_SHARDS,
     Count,
     Digest,
     EpochCount,
     EpochNumber,
     EpochsByShard,
+    LaneIndex,
     MeasuredLoss,
     Moment,
     Name,
@@ -184,6 +186,50 @@ class CheckpointAccepted(_Event):
     costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
 
 
+class LaneAccepted(_Event):
+    """The result of a lane passed all checks; it waits for the merge into the next epoch of its shard."""
+
+    kind: Literal["lane-accepted"] = "lane-accepted"
+    acceptance: AcceptanceRecord = Field(description="What an acceptance of this result alone would say; it is not published.")
+    samples: Count = Field(description="Samples that the lane trained, with which its author is credited.")
+    parent_loss: MeasuredLoss = Field(description="Held-out loss of the parent, with which its loss was compared.")
+    note: Sentence = Field(
+        default="", description="The check that it failed, and the replay that proved its training; empty: it passed all checks."
+    )
+    build: str = Field(default="", max_length=128, description="The author's software and kind of expert.")
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
+
+
+class LaneDropped(_Verdict):
+    """An accepted result that waits for its merge is left out: its author was quarantined."""
+
+    kind: Literal["lane-dropped"] = "lane-dropped"
+    lane: LaneIndex = Field(description="Lane of the result.")
+
+
+class LanesMerged(_Event):
+    """Accepted results of lanes became the next epoch of their shard."""
+
+    kind: Literal["lanes-merged"] = "lanes-merged"
+    acceptance: AcceptanceRecord = Field(description="The acceptance as it is signed and published; it names the lanes.")
+    trace: BlobRef = Field(description="Blob of the mean loss of every training step.")
+    sources: tuple[Digest, ...] = Field(max_length=MOST_LANES, description="Digests of the merged results, by lane.")
+    parent_loss: MeasuredLoss = Field(description="Held-out loss of the parent, with which its loss was compared.")
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run on the merged epoch.")
+
+
+class MergeRefused(_Event):
+    """Merged lanes failed a check: the best of the results is taken over alone."""
+
+    kind: Literal["merge-refused"] = "merge-refused"
+    shard: _Shard
+    epoch: EpochNumber = Field(description="The epoch that it would have been.")
+    lanes: tuple[LaneIndex, ...] = Field(max_length=MOST_LANES, description="The merged lanes.")
+    check: CheckName = Field(description="The check that failed.")
+    text: Sentence = Field(description="Why, in words.")
+    costs: tuple[CheckCost, ...] = Field(default=(), max_length=16, description="The checks that were run.")
+
+
 class AcceptanceRecovered(_Event):
     """This coordinator's own signed acceptance, which the ledger had lost and peers still held; epochs between stay unknown."""
 
@@ -309,6 +355,9 @@ class LineageRolledBack(_Event):
     term: _Term
     dropped: EpochNumber = Field(description="Number of accepted epochs that are void.")
     checkpoint: Digest = Field(description="The oldest void result; it is the invalid one, if one is.")
+    kept: tuple[Digest, ...] = Field(
+        default=(), max_length=MOST_LANES, description="Results of other lanes of the first void epoch, which are merged again."
+    )
     why: RollbackReason = Field(default="invalid", description="An audit found a result invalid, or the operator asked for it.")
 
 
@@ -373,6 +422,10 @@ Event = Annotated[
     | ResultDoubted
     | ResultSuperseded
     | CheckpointAccepted
+    | LaneAccepted
+    | LaneDropped
+    | LanesMerged
+    | MergeRefused
     | AcceptanceRecovered
     | ResetRecovered
     | QuarantineRecovered

@@ -20,6 +20,8 @@ from lutetia.coordinator.ledger.events import (
     AcceptanceRecovered,
     CheckpointAccepted,
     Event,
+    LaneAccepted,
+    LanesMerged,
     LineageRolledBack,
     QuarantineRecovered,
     ResetRecovered,
@@ -42,7 +44,10 @@ from lutetia.system.errors import ConfigError, IntegrityError
 _log = logging.getLogger(__name__)
 
 _START = b"\0" * 32
-_DURABLE = CheckpointAccepted | LineageRolledBack | RunCreated | AcceptanceRecovered | ResetRecovered | QuarantineRecovered
+_DURABLE = (
+    CheckpointAccepted | LaneAccepted | LanesMerged | LineageRolledBack | RunCreated | AcceptanceRecovered | ResetRecovered
+    | QuarantineRecovered
+)  # fmt: skip
 """Events that must be on disk before anything is published."""
 _SCHEMA = """
 CREATE TABLE events (id INTEGER PRIMARY KEY, time REAL NOT NULL, event TEXT NOT NULL, chain BLOB NOT NULL) STRICT;

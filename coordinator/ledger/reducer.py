@@ -36,10 +36,14 @@ from lutetia.coordinator.ledger.events import (
     CopiesKept,
     Event,
     HoldoutBurnt,
+    LaneAccepted,
+    LaneDropped,
+    LanesMerged,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
     ManifestPublished,
+    MergeRefused,
     MixtureStitched,
     PeerPardoned,
     PeerQuarantined,
@@ -55,6 +59,7 @@ from lutetia.coordinator.ledger.events import (
     SampleCostMeasured,
     SnapshotDropped,
 )
+from lutetia.coordinator.ledger.lane_reducer import apply_lane_dropped, apply_lanes_merged, check_lane_follows
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
@@ -64,6 +69,7 @@ from lutetia.coordinator.ledger.run_state import (
     AcceptedEpoch,
     Changes,
     Pace,
+    PeerLedger,
     RunState,
     ShardLedger,
     WaitingResult,
@@ -91,6 +97,14 @@ def _changes(state: RunState, event: Event) -> Changes:
     match event:
         case CheckpointAccepted():
             return _accepted(state, event)
+        case LaneAccepted():
+            return _lane_accepted(state, event)
+        case LaneDropped():
+            return apply_lane_dropped(state, event)
+        case LanesMerged():
+            return apply_lanes_merged(state, event)
+        case MergeRefused():
+            return {"spent": add_costs(state, event.costs)}
         case ResultSeen():
             return _seen(state, event)
         case ResultRefused():
@@ -293,6 +307,32 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
         epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
         candidates=candidates, judged={}, refuted=0, refuted_at=0.0,
     )  # fmt: skip
+    return {
+        "shards": state.shards.set(given.shard, shard), "peers": _with_accepted(state, event),
+        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1, "rejected": state.rejected,
+        "credit": credit,
+    }  # fmt: skip
+
+
+def _lane_accepted(state: RunState, event: LaneAccepted) -> Changes:
+    given = event.acceptance
+    shard = shard_of(state, given.shard)
+    check_lane_follows(shard, given)
+    if event.note:
+        state = replace(state, **_forgiven(state, shard))
+    link = replace(_link(state, shard, event), samples=event.samples)
+    candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
+    shard = shard.updated(gathered={**shard.gathered, link.lane: link}, candidates=candidates)
+    return {
+        "shards": state.shards.set(given.shard, shard), "peers": _with_accepted(state, event),
+        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1, "rejected": state.rejected,
+        "credit": credit_accepted(state, given, event.samples, event.time),
+    }  # fmt: skip
+
+
+def _with_accepted(state: RunState, event: CheckpointAccepted | LaneAccepted) -> PersistentMap[str, PeerLedger]:
+    """The peers, with one more accepted result of its author."""
+    given = event.acceptance
     peer = state.peer(given.author)
     pace = _paced(state.pace(given.author, given.shard), event.time, state.resumed)
     others = [(index, known) for index, known in peer.paces.items() if index != given.shard][1 - PACES :]
@@ -301,14 +341,10 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
         shard=given.shard, checkpoint=given.checkpoint, last_accepted=event.time, interval=pace.interval,
         paces=dict([*others, (given.shard, pace)]),
     )  # fmt: skip
-    return {
-        "shards": state.shards.set(given.shard, shard), "peers": state.peers.set(given.author, peer),
-        "spent": add_costs(state, event.costs), "accepted": state.accepted + 1, "rejected": state.rejected,
-        "credit": credit,
-    }  # fmt: skip
+    return state.peers.set(given.author, peer)
 
 
-def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted) -> AcceptedEpoch:
+def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted | LaneAccepted) -> AcceptedEpoch:
     given = event.acceptance
     waiting = shard.candidates.get(given.author)
     record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None

@@ -20,7 +20,7 @@ from lutetia.coordinator.ledger.events import (
     SnapshotDropped,
 )
 from lutetia.coordinator.ledger.persistent_map import AsPairs, PersistentMap
-from lutetia.protocol.claims import ShardView
+from lutetia.protocol.claims import ShardView, shard_and_lane
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, TrainedWith
 from lutetia.protocol.schema.status import AuditState
@@ -77,6 +77,18 @@ class AcceptedEpoch:
     """Whether its last audit replayed the whole epoch."""
     samples: int = 0
     """What its author is credited with; 0 once an audit found it invalid."""
+    sources: tuple[AcceptedEpoch, ...] = ()
+    """The accepted results of the lanes from which it was merged, by lane; empty where one node trained it."""
+
+    @property
+    def makers(self) -> tuple[AcceptedEpoch, ...]:
+        """What was trained for it: what is audited, and whose authors are credited."""
+        return self.sources or (self,)
+
+    @property
+    def lane(self) -> int:
+        """Of the accepted result of one lane."""
+        return self.acceptance.lanes[0] if self.acceptance.lanes else 0
 
 
 class PendingAuditChanges(TypedDict, total=False):
@@ -109,6 +121,8 @@ class PendingAudit:
     """A peer's report that the coordinator has yet to verify: (public key, outcome)."""
     reported_samples: int = 0
     """Samples that this peer replayed."""
+    lane: int = 0
+    """Of its shard, in a run with lanes."""
 
     def updated(self, **changes: Unpack[PendingAuditChanges]) -> PendingAudit:
         return replace(self, **changes)
@@ -126,6 +140,7 @@ class ShardChanges(TypedDict, total=False):
     suspects: tuple[str, ...]
     candidates: Mapping[str, WaitingResult]
     judged: Judged
+    gathered: Mapping[int, AcceptedEpoch]
     refuted: int
     refuted_at: float
 
@@ -151,6 +166,8 @@ class ShardLedger:
     """Results that wait for their checks, by owner."""
     judged: Judged = field(default_factory=dict)
     """Final verdicts on results for the epoch after `epoch`; refusals only those under the newest manifest."""
+    gathered: Mapping[int, AcceptedEpoch] = field(default_factory=dict)
+    """By lane: accepted results for the epoch after `epoch`, which wait for their merge."""
     refuted: int = 0
     """How often a replay did not confirm a result for that epoch which had failed a loss check."""
     refuted_at: float = 0.0
@@ -179,13 +196,19 @@ class ShardLedger:
         return self.lineage[-1].audit if self.lineage else None
 
     def link(self, checkpoint: str) -> AcceptedEpoch | None:
-        """The accepted epoch of that digest, if it is within the history and not rolled back."""
-        return next((link for link in reversed(self.lineage) if link.acceptance.checkpoint == checkpoint), None)
+        """The accepted epoch, or accepted result of a lane, of that digest, if it is within the history and not rolled back."""
+        known = (one for link in reversed(self.lineage) for one in (link, *link.sources))
+        return next((one for one in (*known, *self.gathered.values()) if one.acceptance.checkpoint == checkpoint), None)
 
     def before(self, link: AcceptedEpoch) -> AcceptedEpoch | None:
         """The epoch before `link`; None at the beginning, or when it is no longer in the history."""
-        place = self.lineage.index(link)
-        return self.lineage[place - 1] if place else None
+        epoch = link.acceptance.epoch - 1
+        return next((earlier for earlier in self.lineage if earlier.acceptance.epoch == epoch), None)
+
+    @property
+    def trained(self) -> tuple[AcceptedEpoch, ...]:
+        """All that was accepted of what peers trained, oldest epoch first."""
+        return (*(maker for link in self.lineage for maker in link.makers), *self.gathered.values())
 
 
 class Pace(NamedTuple):
@@ -372,6 +395,11 @@ class RunState:
         """The accepted lineage of a shard as peers see it in the DHT, without claims."""
         ledger = self.shards[shard]
         return ShardView(shard, acceptance=ledger.acceptance, reset=ledger.term)
+
+    def slot_view(self, slot: int) -> ShardView:
+        """The same of the shard of a slot, under the number of the slot."""
+        shard, lane = shard_and_lane(slot)
+        return replace(self.shard_view(shard), shard=slot) if lane else self.shard_view(shard)
 
     @property
     def accepted_epochs(self) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ def _behind_audits(state: RunState, manifest: Manifest, index: int, facts: Shard
 def _held(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
     """A result that waits for the replay of an unproved epoch below it (`newcomer_holds`)."""
     waiting = [candidate for candidate in state.shards[index].candidates.values() if not candidate.doubt]
-    holds = [(one, hold(state, manifest.timing, one)) for one in sorted(waiting, key=lambda candidate: candidate.seen)]
+    holds = [(one, hold(state, manifest, one)) for one in sorted(waiting, key=lambda candidate: candidate.seen)]
     oldest, held = next(((one, found) for one, found in holds if found and now < found.until), (None, None))
     if oldest is None or held is None or now - oldest.seen <= manifest.timing.lease:
         return None

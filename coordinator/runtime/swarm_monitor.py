@@ -14,7 +14,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
 from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.holder_proofs import HolderProofs
 from lutetia.protocol.blobs.worker import Provider
-from lutetia.protocol.claims import LiveClaim, ShardView
+from lutetia.protocol.claims import LiveClaim, ShardView, shard_and_lane, slot_of, slots_of
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.rpc.accepted_checkpoints import holders_of
 from lutetia.protocol.schema.manifest import Manifest, Timing
@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 _READS_AT_ONCE = 16
 _COUNTS_AT_ONCE = 4
+SLOTS_AT_FULL_PACE = 64
+"""Up to this many slots, all claims are read at every look."""
 FULL_PACE = 1000
 """Up to this many peers, all node records are read at every look."""
 
@@ -49,7 +51,7 @@ async def _nothing(holders: Mapping[int, set[str]]) -> None:
 class SwarmMonitor:
     """`view` is what was last seen; `found` is called with every result at every look. `accepted`: whose copies count.
 
-    `shard_view` gives the accepted state of a shard, which the monitor needs to judge the progress of claims. `copies_seen` is
+    `shard_view` gives the accepted state of a slot, which the monitor needs to judge the progress of claims. `copies_seen` is
     called after each count with the public keys of the peers that hold each shard's accepted checkpoint.
     """
 
@@ -63,6 +65,8 @@ class SwarmMonitor:
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
     _nodes_due: float = float("-inf")
+    _claims: list[tuple[ClaimRecord, float]] = field(default_factory=list)
+    _claims_due: float = float("-inf")
     _proofs: HolderProofs = field(default_factory=HolderProofs)
 
     async def run(self) -> None:
@@ -87,14 +91,17 @@ class SwarmMonitor:
         if now >= self._nodes_due:
             self._nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
             self._nodes_due = now + nodes_pause(len(self._nodes), self.manifest.timing.heartbeat)
-        claims = [
-            item for item in await self._read(claim_key(run, shard) for shard in shards) if isinstance(item[0], ClaimRecord)
-        ]
+        slots = slots_of(len(shards), self.manifest.lanes)
+        if now >= self._claims_due:
+            read = await self._read(claim_key(run, *shard_and_lane(slot)) for slot in slots)
+            self._claims = [item for item in read if isinstance(item[0], ClaimRecord)]
+            self._claims_due = now + claims_pause(len(slots), self.manifest.timing.heartbeat)
+        claims = self._claims
         now = self.transport.now()
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         view, self._since = sighted(nodes, claims, self._since, now)
         longest_gap = LONGEST_GAP * self.manifest.timing.lease
-        histories = observed(self.view.histories, view.claims, map(self.shard_view, shards), now, longest_gap)
+        histories = observed(self.view.histories, view.claims, map(self.shard_view, slots), now, longest_gap)
         free = free_since(self.view.free_since, view.claims, shards, now)
         connections = await self.transport.connections()
         self.view = replace(
@@ -142,6 +149,22 @@ def nodes_pause(nodes: int, heartbeat: float) -> float:
     return look_pause(heartbeat) * min(6.0, nodes / FULL_PACE) if nodes > FULL_PACE else 0.0
 
 
+def claims_pause(slots: int, heartbeat: float) -> float:
+    """Seconds between two reads of all claims: in a run with many lanes they are read less often, at least once per heartbeat."""
+    return look_pause(heartbeat) * min(4.0, slots / SLOTS_AT_FULL_PACE) if slots > SLOTS_AT_FULL_PACE else 0.0
+
+
+def lanes_at_work(manifest: Manifest, view: LiveView, now: float) -> dict[int, frozenset[int]] | None:
+    """By shard the lanes that a peer claims; None in a run without lanes, and as long as no claim was seen."""
+    if manifest.team is None or not view.claims:
+        return None
+    lanes: dict[int, set[int]] = defaultdict(set)
+    for claim in view.claims:
+        if claim.expires > now and claim.record.lane < manifest.lanes:
+            lanes[claim.record.shard].add(claim.record.lane)
+    return {shard: frozenset(claimed) for shard, claimed in lanes.items()}
+
+
 def sighted(
     nodes: Iterable[tuple[NodeRecord, float]], claims: Iterable[tuple[ClaimRecord, float]], known: Mapping[Key, float], now: float
 ) -> tuple[LiveView, dict[Key, float]]:
@@ -156,7 +179,11 @@ def sighted(
         return Sighting(record, expires, since[key])
 
     peers = [sighting(record, expires, (record.owner, -1)) for record, expires in nodes]
-    held = [sighting(record, expires, (record.owner, record.shard)) for record, expires in claims if record.state != "released"]
+    held = [
+        sighting(record, expires, (record.owner, slot_of(record.shard, record.lane)))
+        for record, expires in claims
+        if record.state != "released"
+    ]
     return LiveView(peers, held), since
 
 
@@ -175,9 +202,9 @@ def observed(
     now: float,
     longest_gap: float,
 ) -> dict[int, Seen]:
-    """By shard: the histories of its claims after one more look, as nodes keep them (`stalled_claims.observe_claims`)."""
+    """By slot: the histories of its claims after one more look, as nodes keep them (`stalled_claims.observe_claims`)."""
     by_shard: dict[int, list[LiveClaim]] = defaultdict(list)
     for claim in claims:
-        by_shard[claim.record.shard].append(LiveClaim(claim.record, claim.expires))
+        by_shard[slot_of(claim.record.shard, claim.record.lane)].append(LiveClaim(claim.record, claim.expires))
     views = (shard.with_claims(by_shard[shard.shard]) for shard in shards)
     return {view.shard: observe_claims(known.get(view.shard, {}), view, now, longest_gap) for view in views if view.claims}

@@ -165,15 +165,18 @@ def look_at_due_shards(transition: NodeTransition) -> None:
 def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
     """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread.
 
-    The lanes above the first follow in one row: looked at lane by lane, a large run would take a newcomer minutes.
+    The lanes above the first follow from a place of this node's own on, a lane of every shard after another: looked at from the
+    lowest on, a large run with many lanes would take a newcomer minutes.
     """
     state, rules = transition.state, transition.rules
 
-    def order(shard: int) -> tuple[bool, bool, float, int]:
-        place = rendezvous(rules.run, shard, 0, rules.owner)
-        return shard not in state.remembered, shard >= MOST_SHARDS, -state.fitness.get(shard, 0.0), place
+    def order(shard: int) -> tuple[bool, float, int]:
+        return shard not in state.remembered, -state.fitness.get(shard, 0.0), rendezvous(rules.run, shard, 0, rules.owner)
 
-    return tuple(sorted(shards, key=order))
+    first = {shard for shard in shards if shard < MOST_SHARDS or shard in state.remembered}
+    others = [shard for shard in shards if shard not in first and state.fitness.get(shard, 0.0) > 0]
+    start = int(rules.jitter("lanes") * len(others))
+    return (*sorted(first, key=order), *others[start:], *others[:start])
 
 
 def _looks_due(transition: NodeTransition, now: float, soon: float) -> tuple[int, ...]:

@@ -115,9 +115,10 @@ def _with_own_claim(transition: NodeTransition, view: ShardView) -> ShardView:
     """A DHT replica may lag behind our renewals, so add our own claim as it is."""
     rules, work = transition.rules, transition.work
     claim = work.claim(draining=False)
+    shard, lane = shard_and_lane(claim.shard)
     record = ClaimRecord(
         run=rules.run, owner=rules.owner, issued=transition.state.renewed_at,
-        shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
+        shard=shard, lane=lane, epoch=claim.epoch, samples=claim.samples, state=claim.state,
     )  # fmt: skip
     others = [claim for claim in view.claims if claim.record.owner != rules.owner]
     return view.with_claims([*others, LiveClaim(record, transition.state.renewed_at + rules.lease)])

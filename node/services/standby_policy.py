@@ -28,20 +28,20 @@ def is_standby(node: NodeRecord) -> bool:
     return node.state in FREE and node.samples_per_second > 0
 
 
-def assign_shards(run: str, standbys: Iterable[str], shards: int, lease_number: int) -> dict[str, frozenset[int]]:
+def assign_shards(run: str, standbys: Iterable[str], slots: Sequence[int], lease_number: int) -> dict[str, frozenset[int]]:
     """Public key -> the shards that it watches.
 
     Args:
         run: the run's id.
         standbys: their public keys.
-        shards: how many the run has.
+        slots: what can be claimed: the numbers of the shards, or of their lanes (`protocol.claims.slots_of`).
         lease_number: changes every lease, and with it the CHANGING watchers.
     """
     ring = sorted((point(run, "peer", owner), owner) for owner in standbys)
     watched: dict[str, set[int]] = {owner: set() for _, owner in ring}
     if len(ring) <= STEADY:
-        return dict.fromkeys(watched, frozenset(range(shards)))
-    for shard in range(shards):
+        return dict.fromkeys(watched, frozenset(slots))
+    for shard in slots:
         for count, name in ((STEADY, str(shard)), (CHANGING, f"{shard} in turn {lease_number}")):
             first = bisect_left(ring, (point(run, "shard", name), ""))
             for place in range(first, first + count):
@@ -67,7 +67,9 @@ def has_enough_standbys(run: str, owner: str, nodes: Iterable[NodeRecord]) -> bo
     return before >= STEADY
 
 
-def shards_to_watch(run: str, owner: str, nodes: Sequence[NodeRecord], shards: int, lease_number: int) -> frozenset[int] | None:
+def shards_to_watch(
+    run: str, owner: str, nodes: Sequence[NodeRecord], slots: Sequence[int], lease_number: int
+) -> frozenset[int] | None:
     """The shards that `owner` watches; None means all, while `nodes` do not show it as a standby.
 
     Empty if no expert of the run works on its machine. `nodes`: all, or as many as `has_enough_standbys` needs.
@@ -75,7 +77,7 @@ def shards_to_watch(run: str, owner: str, nodes: Sequence[NodeRecord], shards: i
     own = next((node for node in nodes if node.owner == owner), None)
     if own is None or not (own.state in FREE or is_standby(own)):
         return None
-    return assign_shards(run, [node.owner for node in nodes if is_standby(node)], shards, lease_number).get(owner, frozenset())
+    return assign_shards(run, [node.owner for node in nodes if is_standby(node)], slots, lease_number).get(owner, frozenset())
 
 
 def read_interval_factor(records: float) -> float:

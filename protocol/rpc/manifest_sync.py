@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lutetia.protocol.rpc.introduction import ACK, MANIFEST, ask_document, ask_hello
+from lutetia.protocol.schema.capabilities import CAPABILITIES
 from lutetia.protocol.schema.manifest import MAX_MANIFEST_BYTES, Manifest, SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import check_upgrade
 from lutetia.protocol.transport.base import Stream, Transport
@@ -40,7 +41,8 @@ class LiveManifest:
         Raises ConfigError (malformed, expired, older; UpgradeRefused when it breaks the lineage) or AuthorisationError.
         """
         old = self.signed.manifest
-        new = open_manifest(data, now=now, run=old.run_id, owner=old.owner, at_least_version=old.version)
+        known = {*CAPABILITIES, *old.needs}  # what is in force this peer carries out
+        new = open_manifest(data, now=now, run=old.run_id, owner=old.owner, at_least_version=old.version, known=known)
         if new.manifest.version == old.version:
             return False
         check_upgrade(old, new.manifest)

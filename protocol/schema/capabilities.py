@@ -16,7 +16,7 @@ PIPELINES = "pipelines"
 LOSS_WEIGHTS = "loss-weights"
 COMPACT = "compact-checkpoints"
 LANES = "lanes"
-"""Not among those below yet: no coordinator of this version merges lanes."""
+"""Trains one epoch in several lanes, and merges them. Not among those below yet: only the simulation carries lanes out."""
 CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT)
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -242,8 +243,9 @@ class SignedManifest(Frozen):
 
 
 def open_manifest(
-    data: bytes, *, now: float, run: str | None = None, owner: str | None = None, at_least_version: int = 1
-) -> SignedManifest:
+    data: bytes, *, now: float, run: str | None = None, owner: str | None = None, at_least_version: int = 1,
+    known: Collection[str] = CAPABILITIES,
+) -> SignedManifest:  # fmt: skip
     """Parse and verify a signed manifest.
 
     Args:
@@ -252,6 +254,7 @@ def open_manifest(
         run: The run id that it must have; None: any.
         owner: The public key that must have signed it; None: the one that it names.
         at_least_version: Older versions are refused.
+        known: Capabilities that it may need.
 
     Raises ConfigError (malformed, expired, another run, too old, needs what this version lacks) or AuthorisationError (another
     owner, wrong signature).
@@ -271,7 +274,7 @@ def open_manifest(
         raise ConfigError(f"manifest is of run {manifest.run_id[:12]}, not of {run[:12]}; check the ticket")
     if manifest.version < at_least_version:
         raise ConfigError(f"manifest version {manifest.version} is older than {at_least_version}, seen before; refused")
-    if missing := sorted({*manifest.needs} - {*CAPABILITIES}):
+    if missing := sorted({*manifest.needs} - {*known}):
         raise ConfigError(f"the run needs {', '.join(missing)}, which this version of lutetia cannot do; install a newer one")
     if manifest.expires <= now:
         raise ConfigError(f"the manifest of run {manifest.run_id[:12]} has expired; ask its owner for a new version")

@@ -85,6 +85,14 @@ def _still_claimed(before: ShardView | None, view: ShardView, now: float) -> Sha
     return replace(view, claims=tuple(LiveClaim(claim.record, claim.expires + 1e6) for claim in before.claims))
 
 
+def _blind_to_lanes(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
+    """No node takes a lane above the first."""
+    if isinstance(event, m.Probed):
+        after, actions = advance(rules, state, event)
+        return replace(after, fitness={slot: fit for slot, fit in after.fitness.items() if slot < rules.shards}), actions
+    return advance(rules, state, event)
+
+
 def _trainers_run_on(rules: NodeRules, state: MachineState, event: m.Event) -> tuple[MachineState, list[m.Action]]:
     """A node that loses its shard does not stop the trainer."""
     after, actions = advance(rules, state, event)
@@ -147,6 +155,12 @@ MUTANTS: dict[str, Mutant] = {
         "I6",
         "calm",
         lambda: RulesUnderTest(status=_status_believes_claims),
+    ),
+    "blind-to-lanes": Mutant(
+        "no node takes a lane above the first (I8)",
+        "I8",
+        "team",
+        lambda: RulesUnderTest(advance=_blind_to_lanes),
     ),
     "resume-elsewhere": Mutant(
         "a resumed epoch gives other weights than an uninterrupted one (I7)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -148,6 +148,13 @@ def weights_after(shard: int, epoch: int, parent: str, device: str, spans: tuple
             joined.append((first, last))
     text = f"{shard}|{epoch}|{parent}|{device}|{joined}"
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def merged_content(shard: int, epoch: int, contents: Sequence[Content]) -> Content:
+    """The model of a merge: a hash of the merged weights, faked where one of them is."""
+    weights = hashlib.sha256("|".join(["merged", *(content.weights for content in contents)]).encode()).hexdigest()
+    faked = any(content.faked != "none" for content in contents)
+    return Content(weights, honest_loss(shard, epoch, weights), faked="end" if faked else "none")
 
 
 def with_span(spans: tuple[tuple[int, int], ...], first: int, last: int) -> tuple[tuple[int, int], ...]:

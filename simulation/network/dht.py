@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
+from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance, shard_and_lane, slots_of
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
@@ -50,14 +50,16 @@ class SimulatedDht:
         """`strict`: clocks differ or records are forged, so every replica and reader checks every record itself."""
         self._queue, self._links, self._costs, self._replicas, self._strict = queue, links, costs, replicas, strict
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
-        run, shards = manifest.run_id, range(len(manifest.shards))
-        self.claim_keys = [claim_key(run, shard) for shard in shards]
-        self.acceptance_keys = [acceptance_key(run, shard) for shard in shards]
+        run, shards, slots = manifest.run_id, len(manifest.shards), slots_of(len(manifest.shards), manifest.lanes)
+        self.claim_keys = {slot: claim_key(run, *shard_and_lane(slot)) for slot in slots}
+        self.acceptance_keys = [acceptance_key(run, shard) for shard in range(shards)]
+        self._given_keys = {slot: self.acceptance_keys[shard_and_lane(slot)[0]] for slot in slots}
         self._ring: list[tuple[int, int]] = []
         self._members: dict[int, SimulatedReplica] = {}
         self._places: dict[str, int] = {}
         self._near: dict[tuple[str, int], tuple[tuple[int, int], list[SimulatedReplica]]] = {}
-        self._shards = {key: shard for keys in (self.claim_keys, self.acceptance_keys) for shard, key in enumerate(keys)}
+        self._slots = {key: (slot,) for slot, key in self.claim_keys.items()}
+        self._slots |= {key: tuple(slots[shard::shards]) for shard, key in enumerate(self.acceptance_keys)}
         self._views: dict[int, dict[int, ShardView]] = {}
         self._views_version = (0, 0)
         self._ring_version = 0
@@ -162,9 +164,9 @@ class SimulatedDht:
                 for other in [name for name, held in mine.items() if held.expires < now - 120]:
                     del mine[other]
             mine[owner] = stored
-            if (shard := self._shards.get(key)) is not None:
+            for slot in self._slots.get(key, ()):
                 for known in self._views.values():
-                    known.pop(shard, None)
+                    known.pop(slot, None)
 
     def _accepts(self, key: str, owner: str, stored: SimulatedRecord, clock: float) -> bool:
         try:
@@ -218,7 +220,7 @@ class SimulatedDht:
                 known[shard] = self._view(source, shard, own=False)
         if not source.written:
             return tuple([known[shard] for shard in shards])
-        own, claims, given = source.written, self.claim_keys, self.acceptance_keys
+        own, claims, given = source.written, self.claim_keys, self._given_keys
         return tuple(  # a writer sees what it wrote before any replica has it
             [self._view(source, shard) if claims[shard] in own or given[shard] in own else known[shard] for shard in shards]
         )
@@ -226,14 +228,14 @@ class SimulatedDht:
     def _view(self, source: SimulatedReplica, shard: int, *, own: bool = True) -> ShardView:
         claims = self.read(source, self.claim_keys[shard], own=own)
         live = tuple([LiveClaim(claims[owner].record, claims[owner].expires) for owner in sorted(claims)])
-        given = latest_acceptance(stored.record for stored in self.read(source, self.acceptance_keys[shard], own=own).values())
+        given = latest_acceptance(stored.record for stored in self.read(source, self._given_keys[shard], own=own).values())
         if isinstance(given, ResetRecord):
             return ShardView(shard, live, None, given.term)
         return ShardView(shard, live, given)
 
     def writers(self, source: SimulatedReplica, shard: int) -> list[int]:
         """The trace entries that wrote what `source` sees of the shard."""
-        keys = self.claim_keys[shard], self.acceptance_keys[shard]
+        keys = self.claim_keys[shard], self._given_keys[shard]
         return [stored.cause for key in keys for stored in self.read(source, key).values()]
 
 

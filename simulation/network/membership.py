@@ -15,10 +15,10 @@ from lutetia.protocol.schema.records import NodeRecord, node_bucket
 class SharedMembership:
     """`seen`: all node records at one moment. A real node reads only some of them, enough to compute the same for itself."""
 
-    def __init__(self, run: str, seen: Sequence[NodeRecord], shards: int, lease_number: int) -> None:
+    def __init__(self, run: str, seen: Sequence[NodeRecord], slots: Sequence[int], lease_number: int) -> None:
         free = [record.owner for record in seen if is_standby(record)]
         unfit = dict.fromkeys((record.owner for record in seen if record.state in FREE), frozenset[int]())
-        self.watched_shards = {**unfit, **assign_shards(run, free, shards, lease_number)}
+        self.watched_shards = {**unfit, **assign_shards(run, free, slots, lease_number)}
         self._run = run
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)

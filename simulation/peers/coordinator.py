@@ -19,7 +19,16 @@ from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.audit_service import free_auditors, relatives
 from lutetia.coordinator.runtime.judge_loop import TICK_SECONDS
-from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor, look_pause, nodes_pause, observed, sighted
+from lutetia.coordinator.runtime.swarm_monitor import (
+    SwarmMonitor,
+    claims_pause,
+    lanes_at_work,
+    look_pause,
+    nodes_pause,
+    observed,
+    sighted,
+)
+from lutetia.protocol.claims import ShardView
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
@@ -35,9 +44,9 @@ from lutetia.protocol.schema.records import (
     open_record,
 )
 from lutetia.protocol.stalled_claims import LONGEST_GAP
-from lutetia.simulation.config import COORDINATOR, MIB
+from lutetia.simulation.config import COORDINATOR, MIB, blob
 from lutetia.simulation.interfaces import Node, World
-from lutetia.simulation.network.blobs import SimulatedDelay, drive
+from lutetia.simulation.network.blobs import SimulatedDelay, drive, merged_content
 from lutetia.simulation.peers.announcer import OwnRecords, SimulatedRecordStore
 from lutetia.simulation.peers.auditor import replay_finding
 from lutetia.simulation.peers.check_runner import SimulatedCheckRunner
@@ -70,7 +79,8 @@ class SimulatedCoordinator:
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
-        self._nodes_due = float("-inf")
+        self._nodes_due = self._claims_due = float("-inf")
+        self._views: tuple[ShardView, ...] = ()
         self.own_records = OwnRecords(self)
         self._announcer = self._make_announcer()
         self.served_manifest = ServedManifest(self)
@@ -170,7 +180,8 @@ class SimulatedCoordinator:
             self.running = self.serving = False
             self.boot += 1
             self.world.dht.depart(self)
-            self.view, self._since, self._nodes, self._nodes_due = LiveView(), {}, [], float("-inf")
+            self.view, self._since, self._nodes, self._views = LiveView(), {}, [], ()
+            self._nodes_due = self._claims_due = float("-inf")
 
     # --- judging --------------------------------------------------------------------------------------------------------
 
@@ -212,6 +223,10 @@ class SimulatedCoordinator:
                         world.queue.after(0.0, self.crash)
                     else:
                         self._announce(action.acceptance)
+                case j.KeepResult(record=record):
+                    world.blobs.put(record.digest, self)
+                case j.StartMerge():
+                    drive(world.queue, self._merge(action), partial(self._merged, self.boot, action))
                 case j.StartFetch(record=record):
                     work = run_transfer(record, world.manifest, SimulatedCheckRunner(self), self.clock, action.patience)
                     self._work(work, partial(j.FetchDone, record))
@@ -259,6 +274,27 @@ class SimulatedCoordinator:
         if lent is not None and lent.owner == auditor.machine.owner:
             self.feed(j.AuditDelivered(auditor.machine.owner, checkpoint, finding, 1.0, self.clock()))
 
+    async def _merge(self, action: j.StartMerge) -> tuple[CheckpointRecord, Verdict]:
+        """Merging reads as much as checking every source once; then the merged epoch is checked like a result."""
+        world, config, shard = self.world, self.world.config, action.shard
+        await SimulatedDelay(config.check_seconds / 3 * len(action.sources))
+        contents = [world.blobs.contents[source.acceptance.checkpoint] for source in action.sources]
+        content = merged_content(shard, action.epoch, contents)
+        record = CheckpointRecord(
+            run=world.manifest.run_id, owner=self.identity.public_key, issued=self.clock(), shard=shard, epoch=action.epoch,
+            parent=action.parent and action.parent.checkpoint, weights=blob("weights" + content.weights, config.weights_bytes),
+            state=blob("state" + content.weights, config.state_bytes), trace=blob("trace" + content.weights, 4096),
+            samples=action.epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=self.identity.peer_id,
+        )  # fmt: skip
+        world.blobs.contents[record.digest] = content
+        runner = SimulatedCheckRunner(self)
+        return record, await world.decide.run_checks(record, action.parent, world.manifest, runner, self.clock)
+
+    def _merged(self, boot: int, action: j.StartMerge, merged: tuple[CheckpointRecord, Verdict]) -> None:
+        if boot == self.boot:
+            sources = tuple(source.acceptance.checkpoint for source in action.sources)
+            self.feed(j.Merged(action.shard, sources, *merged, self.clock()))
+
     async def _replay(self, action: j.StartAudit) -> AuditFinding:
         """A replay by the coordinator, at the speed of a node of speed 1."""
         world, steps = self.world, action.steps
@@ -276,7 +312,9 @@ class SimulatedCoordinator:
     # --- periodic work ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.feed(j.JudgeTick(self.clock(), free_auditors(self.view)))
+        self.feed(
+            j.JudgeTick(self.clock(), free_auditors(self.view), lanes_at_work(self.world.manifest, self.view, self.clock()))
+        )
 
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: read results that were not offered by stream, nodes and claims."""
@@ -286,7 +324,13 @@ class SimulatedCoordinator:
                 if world.trace is not None:
                     world.trace.record_read(self, stored)
                 self.feed(j.Offered(stored.record, self.clock(), "poll"))
-        views = world.dht.look(self, range(world.config.shards))
+        if self.clock() >= self._claims_due:
+            self._views = world.dht.look(self, world.config.slots)
+            self._claims_due = self.clock() + claims_pause(len(self._views), world.config.heartbeat)
+            world.costs.looked(
+                len(self._views), sum(len(view.claims) for view in self._views), world.config.replicas, world.dht.size, "watch"
+            )
+        views = self._views
         claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
         now, config = self.clock(), world.config
         if now >= self._nodes_due:
@@ -296,11 +340,10 @@ class SimulatedCoordinator:
             ]  # fmt: skip
             self._nodes_due = now + nodes_pause(len(self._nodes), config.heartbeat)
             world.costs.listed(NODE_BUCKETS, len(self._nodes), config.replicas, world.dht.size, "watch")
-        world.costs.looked(config.shards, len(claims), config.replicas, world.dht.size, "watch")
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         histories = self.view.histories
         self.view, self._since = sighted(nodes, claims, self._since, now)
-        shards = map(self.state.run.shard_view, range(config.shards))
+        shards = map(self.state.run.slot_view, config.slots)
         longest_gap = LONGEST_GAP * world.manifest.timing.lease
         self.view = replace(self.view, histories=observed(histories, self.view.claims, shards, now, longest_gap))
 

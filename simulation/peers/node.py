@@ -193,7 +193,7 @@ class SimulatedNode:
 
     def _probed(self, boot: int) -> None:
         if self.device_ok:
-            self.feed(boot, m.Probed, self.machine.fitness)
+            self.feed(boot, m.Probed, self.machine.fitness, self.trainer.rate)
         else:
             self.feed(boot, m.ProbeFailed, "no driver")
 

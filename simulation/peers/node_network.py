@@ -9,6 +9,7 @@ from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
 from lutetia.node.pacing import provider_record_due
 from lutetia.node.services.standby_policy import read_pause, watch_until
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.dht_records import next_expiry
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, RecordLimits, claim_key, quarantine_key, seal
@@ -102,11 +103,12 @@ class SimulatedNodeNetwork:
 
     def publish_claim(self, claim: m.Claim) -> None:
         node, run = self._node, self._node.rules.run
+        shard, lane = shard_and_lane(claim.shard)
         record = ClaimRecord.model_construct(
-            run=run, owner=node.machine.owner, issued=node.clock(), shard=claim.shard, epoch=claim.epoch, samples=claim.samples,
-            state=claim.state,
+            run=run, owner=node.machine.owner, issued=node.clock(), shard=shard, epoch=claim.epoch, samples=claim.samples,
+            state=claim.state, lane=lane,
         )  # fmt: skip
-        expires = self.publish(record, claim_key(run, claim.shard), node.rules.lease)
+        expires = self.publish(record, claim_key(run, shard, lane), node.rules.lease)
         self._world.invariants.claimed(claim.shard, expires - node.skew, released=claim.state == "released")
 
     def publish(self, record: Any, key: str, ttl: float) -> float:
@@ -147,7 +149,7 @@ class SimulatedNodeNetwork:
     def _node_record(self, now: float) -> NodeRecord:
         """The node record; a new one when state or shard have changed."""
         node, known = self._node, self._record
-        shard = node.state.work.shard if node.state.work else None
+        shard = shard_and_lane(node.state.work.shard)[0] if node.state.work else None
         if known is None or (known.state, known.shard) != (node.state.phase, shard):
             rate = node.trainer.speed * 16 if any(node.machine.fitness.values()) else 0.0
             known = self._record = NodeRecord.model_construct(

@@ -6,6 +6,7 @@ from typing import Any
 
 from lutetia.node.machine import messages as m
 from lutetia.node.pacing import CHECKPOINT_RECORD_SECONDS
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.rpc.checkpoint_offer import OFFER_TIMEOUT, OfferReply
 from lutetia.protocol.transport.base import DIAL_TIMEOUT
 from lutetia.simulation.interfaces import Coordinator, Node
@@ -21,7 +22,7 @@ async def sync_round(peer: Node, action: m.Sync, boot: int) -> tuple[Any, ...]:
     """As `node.runtime.tasks.sync`: fetch the data and the accepted state, and find own checkpoints that descend from it."""
     world, shard, epoch, checkpoint = peer.world, action.shard, action.epoch, action.checkpoint
     try:
-        await world.blobs.fetch(peer, shard_parcel(shard), world.config.shard_bytes, world.coordinators)
+        await world.blobs.fetch(peer, shard_parcel(shard_and_lane(shard)[0]), world.config.shard_bytes, world.coordinators)
         if epoch:
             assert checkpoint is not None
             accepted = peer.network.acceptances.get(shard)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from lutetia.node.machine.messages import CheckpointReady, Exit, StartTrainer, TrainerExited, TrainerProgress
 from lutetia.node.machine.messages import OwnCheckpoint as Whole
+from lutetia.protocol.claims import shard_and_lane, slot_of
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.simulation.config import blob
 from lutetia.simulation.interfaces import Node
@@ -68,6 +69,11 @@ class SimulatedTrainer:
         self.speed = node.machine.speed * self.steps_per_epoch / node.world.config.epoch_seconds
         self.taken = 0
         """Steps that this node really took."""
+
+    @property
+    def rate(self) -> float:
+        """Samples per second."""
+        return self.speed * self._world.manifest.optimisation.batch
 
     def disk(self, shard: int) -> SimulatedDisk:
         return self.disks.setdefault(shard, SimulatedDisk())
@@ -168,8 +174,12 @@ class SimulatedTrainer:
     def _go(self, training: SimulatedTraining) -> None:
         training.turn += 1
         if not training.waiting:
-            left = (self.steps_per_epoch - training.steps) / self._pace()
+            left = (self._steps(training) - training.steps) / self._pace()
             self._world.queue.after(left, self._finish, self._node.boot, training, training.turn)
+
+    def _steps(self, training: SimulatedTraining) -> int:
+        """Steps of an epoch in the lane that is trained."""
+        return self._world.manifest.lane_steps(shard_and_lane(training.shard)[1])
 
     def _pace(self) -> float:
         return self.speed * (20 if self.behaviour in ("untrained", "poisoned") else 1)
@@ -182,7 +192,7 @@ class SimulatedTrainer:
         if saved:
             every = self._world.config.save_every
             seconds = seconds // every * every
-        return min(self.steps_per_epoch, training.steps + int(seconds * self._pace()))
+        return min(self._steps(training), training.steps + int(seconds * self._pace()))
 
     def _report(self, boot: int, training: SimulatedTraining, turn: int) -> None:
         if boot != self._node.boot or self.training is not training or self._node.frozen:
@@ -199,8 +209,8 @@ class SimulatedTrainer:
         if node.disk_full:
             self.fail("disk-full", "no space left on device")
             return
-        self.taken += self.steps_per_epoch - training.steps
-        record = self._result(training, with_span(training.spans, training.steps, self.steps_per_epoch))
+        self.taken += self._steps(training) - training.steps
+        record = self._result(training, with_span(training.spans, training.steps, self._steps(training)))
         digest = record.digest
         world.queue.after(world.config.write_seconds, self._written, boot, training.number, record, digest)
         training.epoch, training.parent = record.epoch, digest
@@ -211,7 +221,8 @@ class SimulatedTrainer:
     def _written(self, boot: int, number: int, record: CheckpointRecord, digest: str) -> None:
         if boot != self._node.boot or self._node.disk_full:
             return
-        disk = self.disk(record.shard)
+        slot = slot_of(record.shard, record.lane)
+        disk = self.disk(slot)
         if digest not in disk.digests:
             disk.kept.append(record)
             disk.digests.append(digest)
@@ -220,7 +231,7 @@ class SimulatedTrainer:
         if training and training.number == number:
             samples = (training.epoch * self.steps_per_epoch) * 16
             self._node.feed(boot, TrainerProgress, number, training.epoch, samples, training.waiting)
-        self._node.feed(boot, CheckpointReady, number, Whole(record.shard, record.epoch, digest, record.parent))
+        self._node.feed(boot, CheckpointReady, number, Whole(slot, record.epoch, digest, record.parent))
 
     def _result(self, training: SimulatedTraining, spans: Spans) -> CheckpointRecord:
         world, node, epoch = self._world, self._node, training.epoch + 1
@@ -228,20 +239,21 @@ class SimulatedTrainer:
         parent = blobs.contents.get(training.parent or "")
         before = parent.weights if parent else "the initial model"
         weights = world.decide.weights(training.shard, epoch, before, node.machine.device, spans)
-        content = Content(weights, honest_loss(training.shard, epoch, weights))
+        shard, lane = shard_and_lane(training.shard)
+        content = Content(weights, honest_loss(shard, epoch, weights))
         if held_out := world.held_out:
-            quality = parent.quality if parent and parent.quality else held_out.initial(training.shard)
-            content = replace(content, quality=held_out.trained(training.shard, epoch, before, quality))
+            quality = parent.quality if parent and parent.quality else held_out.initial(shard)
+            content = replace(content, quality=held_out.trained(shard, epoch, before, quality))
         content = _tampered(self.behaviour, content, parent, node.machine.owner)
         record = CheckpointRecord(
-            run=world.manifest.run_id, owner=node.machine.owner, issued=node.clock(), shard=training.shard, epoch=epoch,
+            run=world.manifest.run_id, owner=node.machine.owner, issued=node.clock(), shard=shard, lane=lane, epoch=epoch,
             parent=training.parent, weights=blob("weights" + content.weights, config.weights_bytes),
             state=blob("state" + content.weights, config.state_bytes), trace=blob("trace" + content.weights, 4096),
             samples=epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=node.machine.peer_id,
         )  # fmt: skip
         blobs.contents[record.digest] = content
         if self.behaviour == "honest":
-            whole = world.decide.weights(training.shard, epoch, before, node.machine.device, ((0, self.steps_per_epoch),))
+            whole = world.decide.weights(training.shard, epoch, before, node.machine.device, ((0, self._steps(training)),))
             world.invariants.trained(node, record, weights, whole)
         return record
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from random import Random
 
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.adversaries import ADVERSARY_SCENARIOS
 from lutetia.simulation.scenarios.few_clips import FEW_CLIP_SCENARIOS
 from lutetia.simulation.scenarios.links import LINK_SCENARIOS
 from lutetia.simulation.scenarios.machines import MACHINE_SCENARIOS
-from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, completed, joins, no_double_work
+from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, caught, completed, joins, no_double_work
 from lutetia.system.errors import UsageError
 
 NOT_SIMULATED = {
@@ -72,6 +73,13 @@ def _chaos(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
     return steps
 
 
+def _team(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
+    """The liar joins first and so has a lane; the killed node comes back."""
+    late = [Step(step.at + 30, step.action, step.nodes) for step in joins(config, peers, rng) if step.nodes != (0,)]
+    faults = [Step(0.0, "behaviour", (0,), detail="untrained"), Step(400.0, "kill", (1,)), Step(700.0, "join", (1,))]
+    return [Step(0.0, "join", (0,)), *late, *faults]
+
+
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -116,6 +124,22 @@ SCENARIOS: dict[str, Scenario] = {
             config=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
             ends=(advanced(0.5),),
             min_peers=16,
+        ),
+        Scenario(
+            "team",
+            "three lanes of each shard: a node is killed, one is slow, one offers what it never trained",
+            0,
+            _team,
+            seconds=1800,
+            peers=8,
+            config=SimulationConfig(
+                shards=2,
+                epochs=40,
+                speed_sigma=0.8,
+                team=TeamSpec(lanes=3, shares=(1.0, 1.0, 0.5), quorum=0.6, deadline=90.0),
+            ),
+            ends=(advanced(0.3), caught),
+            min_peers=6,
         ),
         *MACHINE_SCENARIOS,
         *LINK_SCENARIOS,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from lutetia.coordinator.ledger.events import AuditDone, AuditReported
+from lutetia.protocol.claims import shard_and_lane, slot_name
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.world import SimulatedWorld
@@ -46,15 +47,15 @@ def joins(config: SimulationConfig, peers: int, rng: Random, within: float | Non
 
 def all_held(world: SimulatedWorld) -> str | None:
     """No shard with work left has two holders, and none is free while a node is idle."""
-    holders = world.holders()
-    for shard in range(world.config.shards):
-        if world.invariants.heads[shard] >= world.manifest.epochs:
+    holders, slots = world.holders(), world.config.slots
+    for slot in slots:
+        if world.invariants.heads[shard_and_lane(slot)[0]] >= world.manifest.epochs:
             continue
-        held = holders.get(shard, [])
+        held = holders.get(slot, [])
         if len(held) > 1:
-            return f"shard {shard} has {len(held)} holders: {held}"
-        if not held and len(holders) < min(world.config.shards, sum(peer.answering for peer in world.nodes)):
-            return f"shard {shard} has no holder"
+            return f"{slot_name(slot)} has {len(held)} holders: {held}"
+        if not held and len(holders) < min(len(slots), sum(peer.answering for peer in world.nodes)):
+            return f"{slot_name(slot)} has no holder"
     return None
 
 
@@ -88,7 +89,7 @@ def refused_all(kinds: int) -> End:
 def caught(world: SimulatedWorld) -> str | None:
     """No epoch that was never trained stays accepted and unnoticed for longer than five epochs take."""
     for shard in world.coordinators[0].state.run.shards.values():
-        for link in shard.lineage:
+        for link in shard.trained:
             faked = world.blobs.contents[link.acceptance.checkpoint].faked
             overdue = world.queue.now - link.at > 5 * world.config.epoch_seconds
             found = link.audit == "invalid"  # the epochs after it are kept, or are replayed to decide that

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from lutetia.coordinator.acceptance.transition import FetchKey, JudgeState, JudgeTransition
 from lutetia.coordinator.ledger.run_state import RunState, WaitingResult
+from lutetia.protocol.claims import slot_of
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.transport.network_origin import PREFIX_FACTOR, prefix_of
 
@@ -97,14 +98,12 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     free, free_to_strangers = rules.fetches_at_once - len(held), rules.fetches_at_once * 3 // 4 - len(strangers)
     of_source = Counter(source_of(state, record) for record in strangers)
     of_source_here = Counter((source_of(state, record), record.shard) for record in strangers)
-    shards, arrived = (
-        Counter(candidate.record.shard for candidate in held),
-        {shard for shard, _, _ in (*state.fetched, *state.held)},
-    )
+    slots = Counter(_slot(candidate) for candidate in held)
+    arrived = {_slot(candidate) for candidate in _candidates(state, [*state.fetched, *state.held])}
     for candidate in in_line(state, _ready(transition, strangers_too=free_to_strangers > 0), held):
-        shard, source = candidate.record.shard, source_of(state, candidate.record)
-        places = 1 if shard in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
-        if free <= 0 or shards[shard] >= places:
+        shard, slot, source = candidate.record.shard, _slot(candidate), source_of(state, candidate.record)
+        places = 1 if slot in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
+        if free <= 0 or slots[slot] >= places:
             continue
         if not is_known(state.run, candidate.record.owner):
             most, most_here = _PLACES_OF_UNKNOWN if source in UNKNOWN_ORIGINS.values() else _PLACES_OF_ORIGIN
@@ -115,7 +114,11 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
             free_to_strangers -= 1
         yield candidate
         free -= 1
-        shards[shard] += 1
+        slots[slot] += 1
+
+
+def _slot(candidate: WaitingResult) -> int:
+    return slot_of(candidate.record.shard, candidate.record.lane)
 
 
 def _ready(transition: JudgeTransition, strangers_too: bool) -> Iterator[WaitingResult]:
@@ -147,7 +150,7 @@ def next_checks(transition: JudgeTransition) -> list[WaitingResult]:
     """The results that have arrived and wait for their checks, best first."""
     state = transition.state
     ready = _candidates(state, state.fetched.keys())
-    return in_line(state, (candidate for candidate in ready if candidate.record.shard not in state.checking))
+    return in_line(state, (candidate for candidate in ready if _slot(candidate) not in state.checking))
 
 
 def _candidates(state: JudgeState, keys: Collection[FetchKey]) -> Iterator[WaitingResult]:

@@ -10,6 +10,9 @@ A copy of the accepted epoch under a new key costs nothing, passes the checks, a
 convicted later, and what was built on it is void; with ever new keys nothing else would ever stand. So where authors were
 convicted lately, a result of an author of whom no whole epoch was found valid is held as well, for one tenure, two, four … up to
 LONGEST_PROBATION: long enough for another author to train the epoch, whose result is accepted at once.
+
+In a run with lanes nearly every epoch has a newcomer's share in it, so nothing is held for an epoch below. What is held for
+convictions misses its merge, and delays nobody else.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lutetia.coordinator.ledger.run_state import PendingAudit, RunState, WaitingResult
-from lutetia.protocol.schema.manifest import Timing
+from lutetia.protocol.schema.manifest import Manifest
 
 NEWCOMER_EPOCHS = 2
 """So many epochs of each author are replayed whole, whatever the lottery says."""
@@ -48,25 +51,26 @@ class Hold:
     why: Literal["newcomer", "suspected", "convictions"]
 
 
-def hold(run: RunState, timing: Timing, waiting: WaitingResult, newcomer_epochs: int = NEWCOMER_EPOCHS) -> Hold | None:
+def hold(run: RunState, manifest: Manifest, waiting: WaitingResult, newcomer_epochs: int = NEWCOMER_EPOCHS) -> Hold | None:
     """What holds an undecided result that has passed its checks, the longest hold first; None: it may be accepted.
 
     An author is unproved as long as replays found fewer than `newcomer_epochs` of its whole epochs valid, since its last
     conviction or doubt.
     """
-    return max(_holds(run, timing, waiting, newcomer_epochs), key=lambda one: (one.until, -one.epoch), default=None)
+    return max(_holds(run, manifest, waiting, newcomer_epochs), key=lambda one: (one.until, -one.epoch), default=None)
 
 
-def holds_up(run: RunState, timing: Timing, audit: PendingAudit, newcomer_epochs: int = NEWCOMER_EPOCHS) -> bool:
+def holds_up(run: RunState, manifest: Manifest, audit: PendingAudit, newcomer_epochs: int = NEWCOMER_EPOCHS) -> bool:
     """Whether an undecided result waits for this audit."""
-    if not audit.whole or run.peer(audit.owner).proved >= newcomer_epochs:
+    if manifest.team or not audit.whole or run.peer(audit.owner).proved >= newcomer_epochs:
         return False
+    timing = manifest.timing
     waiting, tenure = run.shards[audit.shard].candidates.values(), max(timing.tenure, timing.lease)
     return any(found.epoch == audit.epoch for one in waiting for found in _holds_below(run, tenure, one, newcomer_epochs))
 
 
-def _holds(run: RunState, timing: Timing, waiting: WaitingResult, newcomer_epochs: int) -> Iterator[Hold]:
-    record, tenure = waiting.record, max(timing.tenure, timing.lease)
+def _holds(run: RunState, manifest: Manifest, waiting: WaitingResult, newcomer_epochs: int) -> Iterator[Hold]:
+    record, tenure = waiting.record, max(manifest.timing.tenure, manifest.timing.lease)
     if run.peer(record.owner).proved < min(1, newcomer_epochs):
         convicted = sum(
             event.kind == "peer-quarantined"
@@ -77,7 +81,8 @@ def _holds(run: RunState, timing: Timing, waiting: WaitingResult, newcomer_epoch
         if convicted:
             until = waiting.seen + min(2 ** (convicted - 1), LONGEST_PROBATION) * tenure
             yield Hold(record.epoch, record.owner, convicted, until, "convictions")
-    yield from _holds_below(run, tenure, waiting, newcomer_epochs)
+    if not manifest.team:
+        yield from _holds_below(run, tenure, waiting, newcomer_epochs)
 
 
 def _holds_below(run: RunState, tenure: float, waiting: WaitingResult, newcomer_epochs: int) -> Iterator[Hold]:

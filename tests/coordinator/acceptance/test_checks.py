@@ -96,7 +96,7 @@ async def test_the_first_failed_check_ends_the_run(name: CheckName):
         (run_state.Changes, run_state.RunState, {"events"}),
         (run_state.ShardChanges, run_state.ShardLedger, set()),
         (run_state.PeerChanges, run_state.PeerLedger, set()),
-        (run_state.PendingAuditChanges, run_state.PendingAudit, {"shard", "epoch", "owner", "checkpoint", "since"}),
+        (run_state.PendingAuditChanges, run_state.PendingAudit, {"shard", "epoch", "owner", "checkpoint", "since", "lane"}),
     ],
 )
 def test_typed_changes_name_the_fields_of_their_state(changes: type, state: type, besides: set[str]):

@@ -35,19 +35,19 @@ def names(count: int) -> list[str]:
 
 
 def test_few_standbys_watch_all_shards():
-    assert assign_shards(RUN, names(STEADY), 5, 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
+    assert assign_shards(RUN, names(STEADY), range(5), 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
 
 
 @settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
 def test_every_shard_has_the_same_number_of_watchers(standbys: int, shards: int, lease_number: int):
-    assigned = assign_shards(RUN, names(standbys), shards, lease_number)
+    assigned = assign_shards(RUN, names(standbys), range(shards), lease_number)
     for shard in range(shards):
         assert STEADY <= sum(shard in watched for watched in assigned.values()) <= STEADY + CHANGING
 
 
 def test_half_of_the_watchers_stay_and_half_change():
-    first, second = (assign_shards(RUN, names(300), 10, lease_number) for lease_number in (1, 2))
+    first, second = (assign_shards(RUN, names(300), range(10), lease_number) for lease_number in (1, 2))
     for shard in range(10):
         early, late = ({owner for owner, watched in found.items() if shard in watched} for found in (first, second))
         assert len(early & late) >= STEADY
@@ -66,11 +66,13 @@ def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], l
         read += [other for other in nodes if node_bucket(other.owner) == bucket]
         if has_enough_standbys(RUN, own.owner, read):
             break
-    assert shards_to_watch(RUN, own.owner, read, 12, lease_number) == shards_to_watch(RUN, own.owner, nodes, 12, lease_number)
+    assert shards_to_watch(RUN, own.owner, read, range(12), lease_number) == shards_to_watch(
+        RUN, own.owner, nodes, range(12), lease_number
+    )
 
 
 def test_node_not_listed_as_free_watches_all_shards():
-    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], 6, 0) is None
+    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], range(6), 0) is None
 
 
 def test_node_with_a_free_device_is_a_standby_while_another_trains():
@@ -86,9 +88,11 @@ def test_node_with_a_free_device_is_a_standby_while_another_trains():
 
 def test_node_without_a_working_expert_watches_nothing():
     unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
-    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], 6, 0) == frozenset()
+    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], range(6), 0) == frozenset()
     for other in others:
-        assert shards_to_watch(RUN, other.owner, [unfit, *others], 6, 0) == shards_to_watch(RUN, other.owner, others, 6, 0)
+        assert shards_to_watch(RUN, other.owner, [unfit, *others], range(6), 0) == shards_to_watch(
+            RUN, other.owner, others, range(6), 0
+        )
 
 
 def test_large_swarm_is_read_less_often():

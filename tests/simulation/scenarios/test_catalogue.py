@@ -18,7 +18,7 @@ def test_scenario_keeps_every_invariant(name: str, seed: int) -> None:
     outcome = simulate(scenario, _HEAVY.get(name, scenario.peers), seed)
     assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
     assert outcome.accepted > 0
-    assert {"I1", "I2", "I3", "I4", "I5", "I6", "I7"} <= outcome.checks.keys() | ({"I4"} if name == "alone" else set())
+    assert {"I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8"} <= outcome.checks.keys() | ({"I4"} if name == "alone" else set())
 
 
 def test_every_fault_has_a_scenario_or_a_reason() -> None:

@@ -1,0 +1,164 @@
+"""Lanes: accepted results wait by lane and are merged into the shard's next epoch. Pure.
+
+Each lane's result passes the checks and audits of any result, on the accepted parent. It is then *gathered*. The gathered results
+of a shard are merged as soon as
+
+- the manifest's quorum of lanes is there, or
+- no lane at which a node works is missing, or
+- the first of them has waited for the manifest's deadline.
+
+So nothing waits for a slow node longer than the owner wants. A result that comes later is superseded, one that was accepted while
+the merge was made is left out, and both keep their authors' records: whatever was accepted counts as accepted and credited.
+
+The merged epoch passes the checks of any result. If it fails one, the gathered result of the lowest held-out loss goes on alone.
+
+A gathered result whose author is quarantined is dropped. If an audit finds a result invalid that was merged, the shard goes back
+to the epoch before the merge (`rollback`), the other results of that merge are gathered again, and are merged without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+from lutetia.coordinator.acceptance.audit_policy import build_of, consider_audit
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.intake.fetch_queue import note_success
+from lutetia.coordinator.acceptance.messages import DiscardCandidate, KeepResult, Merged, Publish, StartMerge
+from lutetia.coordinator.acceptance.transition import JudgeTransition, RunningMerge, acceptance_of
+from lutetia.coordinator.ledger.events import LaneAccepted, LanesMerged, MergeRefused, ResultSuperseded
+from lutetia.coordinator.ledger.run_state import LOSS_CHECKS, AcceptedEpoch, ShardLedger
+from lutetia.protocol.claims import slot_of
+from lutetia.protocol.schema.model.team_spec import TeamSpec
+from lutetia.protocol.schema.records import CheckpointRecord
+
+
+def merge_due(ledger: ShardLedger, team: TeamSpec, at_work: Collection[int] | None) -> float:
+    """Unix seconds from when the gathered results of a shard are merged; infinite while there are none.
+
+    `at_work`: the lanes at which nodes work, as their claims say; None: not known.
+    """
+    if not ledger.gathered:
+        return math.inf
+    first = min(link.at for link in ledger.gathered.values())
+    if any(link.acceptance.term < ledger.term for link in ledger.gathered.values()):
+        return first  # they were merged before, with a result that proved invalid
+    missing = None if at_work is None else {*at_work} - ledger.gathered.keys()
+    if len(ledger.gathered) >= math.ceil(team.quorum * team.lanes) or (missing is not None and not missing):
+        return first
+    return first + team.deadline
+
+
+def gather(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> None:
+    """The result of a lane has passed its checks."""
+    shard, manifest = transition.run.shards[record.shard], transition.rules.manifest
+    assert verdict.loss is not None
+    assert verdict.parent_loss is not None
+    acceptance = acceptance_of(transition.rules, record, shard.term, verdict.loss, transition.now, (record.lane,))
+    note_success(transition, record)
+    transition.write(
+        LaneAccepted(
+            time=transition.now, acceptance=acceptance, parent_loss=verdict.parent_loss, note=verdict.text, costs=verdict.costs,
+            build=build_of(record, manifest), samples=manifest.lane_steps(record.lane) * manifest.optimisation.batch,
+        )
+    )  # fmt: skip
+    if not verdict.text:
+        consider_audit(transition, record)
+    transition.actions.append(KeepResult(record))
+    supersede(transition, record.shard, record.digest, record.lane)
+
+
+def supersede(transition: JudgeTransition, shard: int, by: str, lane: int | None = None) -> None:
+    """Another result was accepted in the place of all candidates of a shard, or of one of its lanes."""
+    for other in tuple(transition.run.shards[shard].candidates.values()):
+        late = other.record
+        if lane in (None, late.lane):
+            transition.write(
+                ResultSuperseded(
+                    time=transition.now, shard=shard, epoch=late.epoch, owner=late.owner, checkpoint=late.digest, by=by
+                )
+            )
+            transition.actions.append(DiscardCandidate(late))
+            checking = transition.state.checking
+            if checking.get(slot := slot_of(shard, late.lane)) == (late.owner, late.digest):
+                transition.set(checking={other: held for other, held in checking.items() if other != slot})
+    transition.tidy(shard)
+
+
+def start_merges(transition: JudgeTransition) -> None:
+    """Start every merge that is due and not under way."""
+    team = transition.rules.manifest.team
+    if team is None:
+        return
+    at_work = transition.state.at_work
+    for index, ledger in transition.run.shards.items():
+        merging = transition.state.merging.get(index, RunningMerge(()))
+        if merging.sources or transition.now < merging.again_at:
+            continue
+        if transition.now >= merge_due(ledger, team, None if at_work is None else at_work.get(index, frozenset())):
+            sources = tuple(_chosen(ledger, merging.alone))
+            names = tuple(source.acceptance.checkpoint for source in sources)
+            transition.set(merging={**transition.state.merging, index: merging._replace(sources=names)})
+            transition.actions.append(StartMerge(index, ledger.epoch + 1, ledger.acceptance, sources))
+
+
+def _chosen(ledger: ShardLedger, alone: bool) -> Iterator[AcceptedEpoch]:
+    """The gathered results that are merged, by lane."""
+    if alone:
+        yield min(ledger.gathered.values(), key=lambda link: (link.acceptance.holdout_loss, link.lane))
+    else:
+        for lane in sorted(ledger.gathered):
+            yield ledger.gathered[lane]
+
+
+def receive_merge(transition: JudgeTransition, done: Merged) -> None:
+    """Accept the merged epoch, try again, or let the best of its sources go on alone."""
+    merging, ledger = transition.state.merging.get(done.shard), transition.run.shards[done.shard]
+    gathered = {link.acceptance.checkpoint for link in ledger.gathered.values()}
+    if merging is None or merging.sources != done.sources or not gathered.issuperset(done.sources):
+        if merging is not None and merging.sources == done.sources:  # one of them was dropped meanwhile
+            forget_merge(transition, done.shard)
+        if done.record is not None:
+            transition.actions.append(DiscardCandidate(done.record))
+        return
+    verdict, record = done.verdict, done.record
+    passes_alone = len(done.sources) == 1 and verdict.outcome == "invalid" and verdict.check in LOSS_CHECKS
+    if record is not None and verdict.loss is not None and (verdict.outcome == "valid" or passes_alone):
+        _accept_merged(transition, record, verdict, done.sources)
+        return
+    if record is not None:
+        transition.actions.append(DiscardCandidate(record))
+    if verdict.outcome == "invalid":
+        lanes = tuple(sorted(lane for lane, link in ledger.gathered.items() if link.acceptance.checkpoint in done.sources))
+        transition.write(
+            MergeRefused(
+                time=transition.now, shard=done.shard, epoch=ledger.epoch + 1, lanes=lanes, check=verdict.check,
+                text=verdict.text[:1000], costs=verdict.costs,
+            )
+        )  # fmt: skip
+    again_at = transition.now + transition.rules.retry_after(merging.attempts)
+    alone = verdict.outcome == "invalid" or merging.alone
+    later = RunningMerge((), merging.attempts + 1, again_at if verdict.outcome == "inconclusive" else 0.0, alone)
+    transition.set(merging={**transition.state.merging, done.shard: later})
+
+
+def _accept_merged(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict, sources: tuple[str, ...]) -> None:
+    ledger = transition.run.shards[record.shard]
+    lanes = tuple(sorted(lane for lane, link in ledger.gathered.items() if link.acceptance.checkpoint in sources))
+    assert verdict.loss is not None
+    assert verdict.parent_loss is not None
+    acceptance = acceptance_of(transition.rules, record, ledger.term, verdict.loss, transition.now, lanes)
+    transition.write(
+        LanesMerged(
+            time=transition.now, acceptance=acceptance, trace=record.trace, sources=sources, parent_loss=verdict.parent_loss,
+            costs=verdict.costs,
+        )
+    )  # fmt: skip
+    forget_merge(transition, record.shard)
+    transition.actions.append(Publish(acceptance, record))
+    supersede(transition, record.shard, record.digest)
+
+
+def forget_merge(transition: JudgeTransition, shard: int) -> None:
+    """What is being merged is out of date: its outcome will not count."""
+    transition.set(merging={index: merging for index, merging in transition.state.merging.items() if index != shard})

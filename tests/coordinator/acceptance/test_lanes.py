@@ -1,0 +1,193 @@
+"""Lanes at the judge: results are gathered, merged, checked, and merged again without a liar."""
+
+import pytest
+
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import CheckDone, JudgeTick, KeepResult, Merged, Publish, StartMerge
+from lutetia.coordinator.acceptance.retention import needed_blobs
+from lutetia.coordinator.ledger.events import read_event
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState
+from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.capabilities import LANES
+from lutetia.protocol.schema.manifest import AuditPolicy
+from lutetia.protocol.schema.model.team_spec import TeamSpec
+from lutetia.protocol.schema.records import CheckpointRecord
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, JudgeDriver, drive_judge, make_record
+
+DEADLINE = 100.0
+NOT_AUDITED = AuditPolicy(streak=1, replay_steps=0, whole_epoch=0.0)
+
+
+class LanesDriver:
+    """A judge of one shard with lanes."""
+
+    def __init__(self, lanes: int = 4, audit: AuditPolicy = NOT_AUDITED, quorum: float = 0.75) -> None:
+        team = TeamSpec(lanes=lanes, shares=(1.0, 1.0, 1.0, 0.5), quorum=quorum, deadline=DEADLINE)
+        self.judge: JudgeDriver = drive_judge(shards=1, epochs=4, team=team, needs=(LANES,), audit=audit)
+
+    @property
+    def shard(self):
+        return self.judge.state.run.shards[0]
+
+    def result(self, lane: int, peer: int | None = None, loss: float = 0.4) -> CheckpointRecord:
+        """The result of a lane for the next epoch, which passes its checks."""
+        author = PEERS[lane if peer is None else peer]
+        record = make_record(self.judge.manifest, author, 0, self.shard.epoch + 1, self.shard.accepted, text=f"{lane}", lane=lane)
+        assert self.judge.offer(record).verdict == "queued"
+        self.judge.verdict(record, loss)
+        return record
+
+    def tick(self, seconds: float = 0.0, at_work: set[int] | None = None) -> None:
+        self.judge.now += seconds
+        self.judge.send(JudgeTick(self.judge.now, None, None if at_work is None else {0: frozenset(at_work)}))
+
+    def merges(self) -> list[StartMerge]:
+        return [action for action in self.judge.actions if isinstance(action, StartMerge)]
+
+    def merged(self, verdict: Verdict | None = None, merge: StartMerge | None = None) -> CheckpointRecord:
+        """The last merge that was asked for ends."""
+        merge = merge or self.merges()[-1]
+        sources = tuple(source.acceptance.checkpoint for source in merge.sources)
+        record = make_record(
+            self.judge.manifest, COORDINATOR, 0, merge.epoch, merge.parent and merge.parent.checkpoint, text="|".join(sources)
+        )
+        verdict = verdict or Verdict("valid", "holdout", "", 0.39, 0.5)
+        self.judge.send(Merged(0, sources, record, verdict, self.judge.now))
+        return record
+
+
+def lanes_of(merge: StartMerge) -> list[int]:
+    return [source.lane for source in merge.sources]
+
+
+def test_quorum_of_lanes_is_merged_into_one_epoch_that_names_them() -> None:
+    driver = LanesDriver()
+    results = [driver.result(lane) for lane in (2, 0)]
+    assert driver.judge.offer(results[0]).verdict == "gathered"
+    assert not driver.merges()
+    results.append(driver.result(3))  # three of four lanes are the quorum
+    assert lanes_of(driver.merges()[0]) == [0, 2, 3]
+    assert [action.record for action in driver.judge.actions if isinstance(action, KeepResult)] == results
+    record = driver.merged()
+    assert (driver.shard.epoch, driver.shard.accepted) == (1, record.digest)
+    published = [action.acceptance for action in driver.judge.actions if isinstance(action, Publish)]
+    assert [(given.author, given.lanes) for given in published] == [(COORDINATOR.public_key, (0, 2, 3))]
+    late = make_record(driver.judge.manifest, PEERS[1], 0, 1, None, lane=1)
+    assert driver.judge.offer(late).verdict == "superseded"
+    run = driver.judge.state.run
+    assert [run.peer(PEERS[lane].public_key).accepted for lane in range(4)] == [1, 0, 1, 1]
+    assert run.rejected == 0
+    assert run.credit[PEERS[3].public_key][0].standing * 2 == run.credit[PEERS[0].public_key][0].standing  # half a share
+
+
+def test_merge_waits_for_lanes_at_work_until_the_deadline_only() -> None:
+    driver = LanesDriver()
+    driver.result(0)
+    driver.tick(DEADLINE / 2, at_work={0, 1})
+    assert not driver.merges()
+    driver.tick(at_work={0})  # the other node has gone
+    assert len(driver.merges()) == 1
+    slow = LanesDriver()
+    slow.result(0)
+    slow.tick(DEADLINE - 1, at_work={0, 1})
+    assert not slow.merges()
+    slow.tick(1, at_work={0, 1})
+    assert len(slow.merges()) == 1
+
+
+def test_lane_takes_one_result_and_none_beyond_its_number() -> None:
+    driver = LanesDriver()
+    first = driver.result(1)
+    second = make_record(driver.judge.manifest, PEERS[4], 0, 1, None, text="another", lane=1)
+    assert driver.judge.offer(second).verdict == "superseded"
+    beyond = make_record(driver.judge.manifest, PEERS[4], 0, 1, None, lane=4)
+    reply = driver.judge.offer(beyond)
+    assert (reply.verdict, reply.check) == ("invalid", "lineage")
+    assert driver.shard.gathered[1].acceptance.checkpoint == first.digest
+
+
+def test_other_candidates_of_a_gathered_lane_are_superseded_during_their_check() -> None:
+    driver = LanesDriver()
+    rival = make_record(driver.judge.manifest, PEERS[5], 0, 1, None, text="rival", lane=1)
+    assert driver.judge.offer(rival).verdict == "queued"  # its check runs
+    driver.result(0)
+    third = make_record(driver.judge.manifest, PEERS[1], 0, 1, None, text="same lane", lane=1)
+    assert driver.judge.offer(third).verdict == "queued"
+    driver.judge.verdict(rival)
+    assert driver.shard.gathered[1].acceptance.author == PEERS[5].public_key
+    assert driver.judge.offer(third).verdict == "superseded"
+    driver.judge.send(CheckDone(third, Verdict("valid", "holdout", "", 0.4, 0.5), driver.judge.now))  # a late answer
+    assert driver.shard.gathered[1].acceptance.author == PEERS[5].public_key
+
+
+def test_merge_that_fails_its_check_lets_the_best_lane_go_on_alone() -> None:
+    driver = LanesDriver()
+    for lane, loss in ((0, 0.42), (1, 0.40), (2, 0.41)):
+        driver.result(lane, loss=loss)
+    worse = Verdict("invalid", "holdout", "its held-out loss 0.60000 is worse", 0.6, 0.5)
+    driver.merged(worse)
+    assert driver.judge.kinds()[-1] == "merge-refused"
+    assert lanes_of(driver.merges()[-1]) == [1]
+    driver.merged(worse)  # other rows; its own checks were passed before
+    assert driver.shard.acceptance.lanes == (1,)
+
+
+def test_merge_without_a_verdict_is_made_again_later() -> None:
+    driver = LanesDriver()
+    for lane in range(3):
+        driver.result(lane)
+    driver.merged(Verdict("inconclusive", "holdout", "the worker process ended"))
+    assert len(driver.merges()) == 1
+    driver.tick(10.0)
+    assert len(driver.merges()) == 2
+    assert driver.shard.epoch == 0
+
+
+def test_convicted_lane_is_taken_out_and_the_epoch_merged_again() -> None:
+    driver = LanesDriver(lanes=3, audit=AuditPolicy(streak=10, replay_steps=2, whole_epoch=0.0), quorum=1.0)
+    results = [driver.result(lane) for lane in range(3)]
+    driver.merged()
+    later = driver.result(0)
+    kept = needed_blobs(driver.judge.state.run, 1)
+    assert {ref.digest for one in (*results, later) for ref in (one.weights, one.state, one.trace)} <= kept
+    driver.judge.finish_audit("invalid", results[1].digest)
+    assert (driver.shard.epoch, driver.shard.term) == (0, 1)
+    assert sorted(driver.shard.gathered) == [0, 2]
+    driver.tick()
+    again = driver.merges()[-1]
+    assert lanes_of(again) == [0, 2]
+    driver.merged(merge=again)
+    assert (driver.shard.epoch, driver.shard.term, driver.shard.acceptance.lanes) == (1, 1, (0, 2))
+    run = driver.judge.state.run
+    assert [peer.public_key in run.quarantined for peer in PEERS[:3]] == [False, True, False]
+    assert [run.credit[peer.public_key][0].standing > 0 for peer in PEERS[:3]] == [True, False, True]
+
+
+def test_gathered_result_of_a_quarantined_author_is_dropped_before_its_merge() -> None:
+    driver = LanesDriver(lanes=3, audit=AuditPolicy(streak=10, replay_steps=2, whole_epoch=0.0), quorum=1.0)
+    for lane in range(3):
+        driver.result(lane)
+    running = driver.merges()[0]
+    driver.judge.finish_audit("invalid", running.sources[1].acceptance.checkpoint)
+    assert sorted(driver.shard.gathered) == [0, 2]
+    assert driver.shard.term == 0
+    driver.merged(merge=running)  # its outcome does not count any more
+    assert driver.shard.epoch == 0
+    driver.tick(DEADLINE)
+    assert lanes_of(driver.merges()[-1]) == [0, 2]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_ledger_gives_the_same_state_again(steps: int) -> None:
+    driver = LanesDriver()
+    for _ in range(steps):
+        for lane in range(3):
+            driver.result(lane)
+        driver.merged()
+    state = RunState()
+    for event in driver.judge.events:
+        state = apply(state, read_event(canonical(event)))
+    assert state == driver.judge.state.run
+    assert state.shards[0].epoch == steps
+    assert state.accepted == 3 * steps
