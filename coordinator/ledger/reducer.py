@@ -17,10 +17,13 @@ from lutetia.coordinator.ledger.audit_reducer import (
     apply_audit_done,
     apply_audit_due,
     apply_audit_reported,
+    apply_lane_dropped,
+    apply_lanes_merged,
     apply_pardoned,
     apply_reset_recovered,
     apply_rolled_back,
     apply_suspicion,
+    check_lane_follows,
     shard_of,
 )
 from lutetia.coordinator.ledger.events import (
@@ -59,7 +62,6 @@ from lutetia.coordinator.ledger.events import (
     SampleCostMeasured,
     SnapshotDropped,
 )
-from lutetia.coordinator.ledger.lane_reducer import apply_lane_dropped, apply_lanes_merged, check_lane_follows
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import (
     BUDGETS,
