@@ -156,6 +156,11 @@ class RunFolder:
         return self.root / "status.json"
 
     @property
+    def names(self) -> Path:
+        """What peers with accepted work are called."""
+        return self.root / "names.json"
+
+    @property
     def alerts(self) -> Path:
         """What the owner was told of."""
         return self.root / "alerts.json"

@@ -31,6 +31,7 @@ from lutetia.coordinator.lending.runner import LentCheckRunner, NoWorker
 from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.mixtures.archive import MixtureArchive
 from lutetia.coordinator.mixtures.stitcher import Measuring, Stitcher
+from lutetia.coordinator.owner.names import PeerNames
 from lutetia.coordinator.owner.service import OwnerService
 from lutetia.coordinator.periodic import every, log_if_out_of_files
 from lutetia.coordinator.run_folder import RunFolder
@@ -179,6 +180,8 @@ class Service:
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
         earlier = self.snapshot.history if self.snapshot else lambda: None
         self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier, self.settings.about)
+        self.names = PeerNames(self.folder.names)
+        self.source.names = self.names.names
         self.snapshot_keeper = SnapshotKeeper(self.folder, self.ledger, self.snapshot, self._drop_snapshot)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
@@ -387,6 +390,9 @@ class Service:
 
     async def _remember_peers(self) -> None:
         if nodes := self._nodes():
+            if self.names.note(nodes, self.judge_loop.state.run.credit):
+                with contextlib.suppress(DiskError):  # names are no more than that
+                    await asyncio.to_thread(self.names.write)
             peerstore = Peerstore(self.folder.peers)
             with contextlib.suppress(ConnectionError):
                 connected = await self.transport.connections()

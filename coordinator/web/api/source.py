@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.ledger.log import Ledger, LedgerRow
@@ -28,6 +28,7 @@ class RunSource:
         status: makes the status document.
         earlier: reads the history of the ledger's first events, if a snapshot has it; else it is None. May block on the disk.
         about: what the owner says of the run, in one sentence.
+        names: what peers with accepted work are called, by public key.
     """
 
     folder: RunFolder
@@ -36,6 +37,7 @@ class RunSource:
     status: Callable[[], SwarmStatus]
     earlier: Callable[[], History | None] = lambda: None
     about: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
     history: History = field(default_factory=History)
     _more: set[asyncio.Event] = field(default_factory=set)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -80,7 +82,7 @@ class RunSource:
 
     def people(self) -> People:
         """What is known of the peers now, besides their results."""
-        return People(self.ledger.state, orders=self.manifest().orders)
+        return People(self.ledger.state, self.names, orders=self.manifest().orders)
 
     async def read_again(self) -> None:
         """Make the history from the ledger alone."""
