@@ -171,6 +171,10 @@ async def test_a_volunteer_finds_what_counted_and_what_did_not(tmp_path: Path) -
         await expect(article).to_contain_text("0 accepted samples in 0 results; 0 rolled back, 1 invalid")
         await expect(article).to_contain_text(HOSTILE)
         assert await page.locator("article script").count() == 0
+        await page.get_by_label("Find me").fill(PEERS[1].public_key)
+        await page.get_by_role("button", name="find").click()
+        await expect(article).to_contain_text("Credit: 12.0 M FLOPs")
+        await expect(article.locator(".badge")).not_to_have_js_property("naturalWidth", 0)
         assert not wrong
         await page.get_by_label("Find me").fill("nobody")
         await page.get_by_role("button", name="find").click()
