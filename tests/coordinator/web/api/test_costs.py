@@ -15,6 +15,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from lutetia.coordinator.web.api import answers, event_stream
 from lutetia.coordinator.web.api.answers import REQUESTS_OF_A_SECOND, Answers, RequestLimit
 from lutetia.coordinator.web.api.event_stream import EventStreams
+from lutetia.coordinator.web.rendered import Rendered
 from lutetia.coordinator.web.request_pace import RequestPace
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.canonical import Frozen
@@ -121,6 +122,13 @@ async def test_requests_of_all_routes_are_limited_and_pictures_share_the_upload_
         codes = [(await client.get(path)).status_code for path in ("/page", "/picture", "/nothing", "/page")]
     assert codes == [200, 200, 404, 429]
     assert taken == [70]
+
+
+def test_status_is_rendered_once_however_many_ask(tmp_path: Path) -> None:
+    status, rendered = record_run(tmp_path / "run").source.status(), []
+    texts = Rendered(lambda: status, lambda given: rendered.append(given) or b"x")  # type: ignore[func-returns-value]
+    assert [texts.latest() for _ in range(100)] == [b"x"] * 100
+    assert len(rendered) == 1
 
 
 async def test_event_streams_of_one_prefix_leave_places_to_others(tmp_path: Path) -> None:
