@@ -145,7 +145,7 @@ def _routes(run: MadeUpRun, turn: int) -> dict[str, str]:
     """Path of each route; `{head}` is the number of events before the last."""
     paths = {
         "run": "run", "shards": "shards?after={head}", "shards, whole": "shards", "shards/{index}": f"shards/{turn}",
-        "peers": "peers?limit=200", "peers/{peer}": f"peers/{run.people[turn].peer_id}", "metrics": "metrics",
+        "peers": "peers?limit=200", "peers/{peer}": f"peers/{run.people[turn].peer_id}", "metrics": "metrics?losses=false",
         "gallery": "gallery", "checkpoints": f"checkpoints?shard={turn}", "events": "events?after={head}&limit=200",
         "status": "status",
     }  # fmt: skip

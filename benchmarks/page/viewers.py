@@ -116,7 +116,7 @@ class Viewer:
         after = f"?after={self._head}" if self._head else ""
         run, shards, *_ = await asyncio.gather(
             self._get("run", "run"), self._get(f"shards{after}", "shards" if after else "shards, whole"),
-            self._get("peers?limit=200", "peers"), self._get("metrics", "metrics"), self._get("gallery", "gallery"),
+            self._get("peers?limit=200", "peers"), self._get("metrics?losses=false", "metrics"), self._get("gallery", "gallery"),
         )  # fmt: skip
         if run:
             head = json.loads(run)["events"]

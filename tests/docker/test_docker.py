@@ -101,10 +101,11 @@ def test_unit_joins_the_groups_that_own_render_nodes() -> None:
     assert "SupplementaryGroups=render video" in UNIT.read_text().splitlines()
 
 
-def test_unit_passes_systemd_analyze(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [UNIT, DOCKER / "lutetia-coordinator.service"], ids=lambda path: path.stem)
+def test_unit_passes_systemd_analyze(source: Path, tmp_path: Path) -> None:
     analyze = tool("systemd-analyze")
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/opt/lutetia/bin/lutetia", "/bin/true"))  # it is not installed here
+    unit = tmp_path / source.name
+    unit.write_text(source.read_text().replace("/opt/lutetia/bin/lutetia", "/bin/true"))  # it is not installed here
     run = subprocess.run([analyze, "verify", unit], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert UNIT.name not in run.stderr
+    assert source.name not in run.stderr

@@ -171,10 +171,10 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         )
 
     @router.get("/metrics", response_model=SeriesDocument)
-    async def metrics(request: Request) -> Response:
+    async def metrics(request: Request, losses: bool = True) -> Response:
         """Curves: held-out loss of each shard against samples, router accuracy by time bin, throughput by the hour."""
         history, status = await source.up_to_date(), source.status()
-        return await answers.answer_large(request, source.tag(), lambda: views.series(status, history))
+        return await answers.answer_large(request, source.tag(), lambda: views.series(status, history, losses))
 
     add_pictures(router, source, answers)
     return router

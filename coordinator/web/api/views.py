@@ -223,9 +223,10 @@ def mixtures_page(history: History, current: str | None, *, before: int | None, 
     return MixturesPage(mixtures=shown, current=current, next=shown[-1].event if len(points) > limit else None)
 
 
-def series(status: SwarmStatus, history: History) -> SeriesDocument:
+def series(status: SwarmStatus, history: History, with_losses: bool = True) -> SeriesDocument:
+    """The run's curves; those of the shards can be left out, for who reads their histories anyway."""
     losses = []
-    for shard in status.shards:
+    for shard in status.shards if with_losses else ():
         points = [point for point in history.shard(shard.shard).accepted if not point.void]
         losses.append(
             LossSeries(

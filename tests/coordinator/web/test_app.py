@@ -86,9 +86,22 @@ async def check_blobs(client: httpx.AsyncClient, digest: str, data: bytes) -> No
     rest = await client.get(f"/blobs/{digest}", headers={"Range": f"bytes={len(data) - 7}-"})
     assert rest.content == data[-7:]
     assert (await client.get(f"/blobs/{digest}", headers={"Range": f"bytes={len(data)}-"})).status_code == 416
+    await check_ranges(client, digest, data)
     for wrong in ("0" * 64, "..%2f..%2fcoordinator.key", digest.upper(), digest[:-1], digest + ".table"):
         assert (await client.get(f"/blobs/{wrong}")).status_code == 404
     assert (await client.post("/status.json")).status_code == 405
+
+
+async def check_ranges(client: httpx.AsyncClient, digest: str, data: bytes) -> None:
+    """Whatever ranges a client asks for, it is sent no more than the blob once, and what frames its parts."""
+    last = len(data) - 1
+    for ranges in (
+        ",".join(f"{start}-{last}" for start in range(60)), ",".join(["0-0"] * 3000), f"0-{last}," * 20 + f"0-{last}",
+        ",".join(f"{start}-{start}" for start in range(0, 400, 2)), f"-{10**30}", f"{10**30}-", "-0", "5-2", "a-b", "",
+    ):  # fmt: skip
+        answer = await client.get(f"/blobs/{digest}", headers={"Range": f"bytes={ranges}"})
+        assert answer.status_code in (200, 206, 400, 416), ranges[:40]
+        assert len(answer.content) <= len(data) + 40_000, ranges[:40]
 
 
 def test_the_page_is_self_contained_and_escaped():

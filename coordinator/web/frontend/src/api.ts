@@ -112,7 +112,7 @@ export async function readAll(): Promise<Everything> {
   if (exported && kept) return kept
   const [run, shards, peers, series, pictures] = await Promise.all([
     get<Run>('run'), readShards(), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
-    get<Series>('metrics'), get<Pictures>('gallery'),
+    get<Series>('metrics?losses=false'), get<Pictures>('gallery'),
   ])
   kept = { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, pictures }
   return kept

@@ -84,6 +84,8 @@ async def test_rollback_takes_samples_back(run: RecordedRun) -> None:
     run.write(LineageRolledBack(time=now, shard=0, epoch=1, term=1, dropped=1, checkpoint=void, why="operator"))
     async with serving(run) as client:
         peer = PeerHistoryDocument.model_validate_json((await client.get(f"{API}/peers/{PEERS[1].public_key}")).content)
+        without = (await client.get(f"{API}/metrics?losses=false")).json()
+        assert (without["losses"], len(without["throughput"])) == ([], 1)
         curves = SeriesDocument.model_validate_json((await client.get(f"{API}/metrics")).content)
     assert (peer.samples, peer.accepted, peer.void) == (4, 1, 1)
     assert [point.void for point in peer.points] == [False, True]
