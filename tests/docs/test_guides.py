@@ -26,7 +26,8 @@ VOLUNTEER = (DOCS / "guide" / "volunteer.md").read_text()
 PIPELINES = (DOCS / "guide" / "pipelines.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 IN_WORDS = {
-    "ticket": "", "announce": "", "operator": "", "name": "", "micro_batch": "probed", "threads": "torch's choice",
+    "ticket": "", "announce": "", "operator": "", "name": "", "micro_batch": "probed",
+    "threads": "torch's choice; several devices share the cores", "memory_limit": "all that is free",
     "hours": "always",
     "max_temp": "none", "base": "the hub's cache, or from the swarm", "disk_limit": "none", "upload_rate": "none",
     "losses": "none", "local_bytes_per_day": "300 GB",

@@ -130,7 +130,9 @@ def test_merge_that_fails_its_check_lets_the_best_lane_go_on_alone() -> None:
     assert driver.judge.kinds()[-1] == "merge-refused"
     assert lanes_of(driver.merges()[-1]) == [1]
     driver.merged(worse)  # other rows; its own checks were passed before
-    assert driver.shard.acceptance.lanes == (1,)
+    accepted = driver.shard.acceptance
+    assert accepted
+    assert accepted.lanes == (1,)
 
 
 def test_merge_without_a_verdict_is_made_again_later() -> None:
@@ -158,7 +160,9 @@ def test_convicted_lane_is_taken_out_and_the_epoch_merged_again() -> None:
     again = driver.merges()[-1]
     assert lanes_of(again) == [0, 2]
     driver.merged(merge=again)
-    assert (driver.shard.epoch, driver.shard.term, driver.shard.acceptance.lanes) == (1, 1, (0, 2))
+    accepted = driver.shard.acceptance
+    assert accepted
+    assert (driver.shard.epoch, driver.shard.term, accepted.lanes) == (1, 1, (0, 2))
     run = driver.judge.state.run
     assert [peer.public_key in run.quarantined for peer in PEERS[:3]] == [False, True, False]
     assert [run.credit[peer.public_key][0].standing > 0 for peer in PEERS[:3]] == [True, False, True]

@@ -82,7 +82,7 @@ def test_node_with_a_free_device_is_a_standby_while_another_trains():
     )
     busy = node(0, "training").model_copy(update={"devices": entries})
     assert is_standby(busy)
-    assert shards_to_watch(RUN, busy.owner, [busy], 3, 0) == frozenset({0, 1, 2})
+    assert shards_to_watch(RUN, busy.owner, [busy], range(3), 0) == frozenset({0, 1, 2})
     assert not is_standby(busy.model_copy(update={"devices": entries[:1]}))
 
 
