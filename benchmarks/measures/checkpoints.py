@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -191,10 +192,10 @@ def _snapshot() -> list[Row]:
     plain, still, written, memory = [], [], [], []
     for _ in range(3):
         began = time.perf_counter()
-        trainer.step()
+        with _Peak() as alone:
+            trainer.step()
         plain.append(time.perf_counter() - began)
-        with tempfile.TemporaryDirectory() as folder:
-            before = _resident()
+        with tempfile.TemporaryDirectory() as folder, _Peak() as beside:
             began = time.perf_counter()
             live = trainer.live_snapshot()
             taken = time.perf_counter() - began
@@ -211,13 +212,50 @@ def _snapshot() -> list[Row]:
             trainer.step()
             thread.join()
             still.append(1000 * (taken + live.waited))
-            memory.append(max(0, _resident() - before) / parameters)
+        memory.append((beside.bytes - alone.bytes) / parameters)
     detail = f"{parameters / 1e6:.0f} million parameters; a step takes {statistics.median(plain):.1f} s"
     return [
         Row.of("the loop stands still for a snapshot", still, "ms", "≤ 50 ms", detail),
         Row.of("writing it beside the next step", written, "s"),
-        Row.of("memory more after it", memory, "B a parameter", "≤ 1"),
+        Row.of("memory for it, at its peak", memory, "B a parameter", "≤ 1", "beside a step, above a step alone"),
+        *_restore(trainer, described, clips),
     ]
+
+
+def _restore(trainer: ExpertTrainer, described: Manifest, clips: ShardData) -> list[Row]:
+    """Memory that a new trainer takes to go on from files, at its peak, above what it holds afterwards."""
+    above = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "weights"), Path(folder, "state")
+        while not trainer.at_epoch_end:
+            trainer.step()
+        _write(trainer, *files)
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        for _ in range(3):
+            with _Peak() as peak:
+                fresh = ExpertTrainer(described, 0, clips, micro_batch=1)
+                fresh.restore(1, *files)
+            above.append((peak.bytes - _resident()) / parameters)
+            del fresh
+    return [Row.of("memory for a restore, at its peak", above, "B a parameter", "≤ 17", "above the restored trainer")]
+
+
+class _Peak:
+    """The most memory that this process held inside a `with`, in bytes, looked at every 5 ms."""
+
+    def __enter__(self) -> Self:
+        self.bytes, self._ended = _resident(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.005):
+            self.bytes = max(self.bytes, _resident())
 
 
 def _resident() -> int:
