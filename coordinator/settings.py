@@ -96,7 +96,7 @@ class RunSettings(_Settings):
     )
     optimisation: Optimisation = Field(default=Optimisation(), description="How every expert is trained")
     checkpoints: Literal["auto", "float32", "compact"] = Field(
-        default="float32",
+        default="auto",
         description="Form of published checkpoints: float32 (16 bytes a trained number), compact (4 bytes), or auto: compact for "
         "experts of at least 250 million trained numbers",
     )
