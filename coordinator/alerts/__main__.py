@@ -22,7 +22,7 @@ def main() -> int:
     try:
         send(order)
     except (OSError, smtplib.SMTPException, ValueError) as error:
-        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        sys.stderr.write(f"{type(error).__name__}: {error}".splitlines()[0] + "\n")
         return 1
     return 0
 

@@ -84,7 +84,7 @@ def sentence(event: Event) -> str:
         case LaneAccepted(acceptance=given):
             return (
                 f"shard {given.shard} epoch {given.epoch}: {given.checkpoint[:12]} of {given.author[:8]} accepted as lane "
-                f"{given.lanes[0]}, held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
+                f"{_list(given.lanes)}, held-out loss {given.holdout_loss:.5f} after {event.parent_loss:.5f}"
             )
         case LanesMerged(acceptance=given):
             return (

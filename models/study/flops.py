@@ -6,12 +6,15 @@ on every device. Element-wise operations and the optimiser are not counted; per 
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lutetia.models.experts.families import build_meta, call_expert
+from lutetia.models.experts.families import build_meta, call_expert, family_of
 from lutetia.models.mixing.router import router_of
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Manifest
@@ -35,10 +38,27 @@ def expert_cost(spec: ExpertSpec, latent: LatentSpec) -> Cost:
         x, t = torch.empty(1, *latent.shape), torch.empty(1)
         tokens, pooled = torch.empty(1, latent.text_tokens, latent.text_width), torch.empty(1, latent.pooled_width)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        out = call_expert(model, x, t, tokens, pooled)
+        try:
+            out = call_expert(model, x, t, tokens, pooled)
+        except RuntimeError:
+            return _by_formula(model, latent)
         forward = counter.get_total_flops()
         out.sum().backward()
     return Cost(forward=forward, training=counter.get_total_flops(), parameters=_parameters(model))
+
+
+def _by_formula(model: Any, latent: LatentSpec) -> Cost:
+    """For a class that the meta device cannot run (Mochi asks for that device's autocast, and drops padded text tokens).
+
+    2 FLOPs a parameter and token, and 4 a pair of tokens, channel and block for the attention; the backward pass twice as many
+    (Kaplan et al., arXiv 2001.08361, section 2.1).
+    """
+    config = model.config
+    patch = family_of(type(model).__name__).patch(config)
+    tokens = latent.text_tokens + math.prod(-(-size // step) for size, step in zip(latent.shape[1:], patch, strict=True))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    forward = 2 * tokens * _parameters(model) + 4 * tokens**2 * width * config["num_layers"]
+    return Cost(forward=forward, training=3 * forward, parameters=_parameters(model))
 
 
 def training_flops(manifest: Manifest) -> tuple[int, ...]:

@@ -132,18 +132,24 @@ async def orders_from_another_machine(run: CreatedRun, coordinator: Coordinator,
         status = await node_says(node)
         return status["state"] == state and words in status["reason"]
 
+    async def paused_in_the_status() -> bool:
+        paused = coordinator.status().paused
+        return paused is not None and paused.text == "moving house"
+
     code, answer = await command("run", "pause", run.ticket, "--reason", "moving house", "--owner-key", str(key))
     assert (code, answer["version"], answer["order"]) == (0, 3, "pause")
     await until(lambda: node_says_why("idle", "paused by its owner: moving house"), "the node to say why it stands by")
-    paused = coordinator.status().paused
-    assert paused
-    assert paused.text == "moving house"
+    await until(paused_in_the_status, "the status to name the pause")
     with pytest.raises(AuthorisationError, match="another owner"):
         await asyncio.to_thread(send_next, run.ticket, lambda old: ordered(old, Order("resume"), time.time()), stranger, 20.0)
     peer = Identity.load(node / "identity.key").public_key
     order_run(RunFolder(run.folder), Order("ban", peer, "a test"))
     await until(lambda: node_says_why("paused", "the run's owner has banned this node: a test"), "the node to hear of its ban")
-    assert [ban.owner for ban in coordinator.status().banned] == [peer]
+
+    async def banned_in_the_status() -> bool:
+        return [ban.owner for ban in coordinator.status().banned] == [peer]
+
+    await until(banned_in_the_status, "the status to name the ban")
     await asyncio.to_thread(send_next, run.ticket, lambda old: ordered(old, Order("unban", peer), time.time()), key, 20.0)
     await until(lambda: node_says_why("idle", "paused by its owner"), "the node to hear that its ban is lifted")
     code, answer = await command("run", "resume", str(run.folder))
