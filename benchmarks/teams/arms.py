@@ -43,7 +43,7 @@ class Cell:
         seed: of first weights, order of clips, noise and times.
         nodes: nodes that train at once; 1 for the arm `one`.
         interval: steps between two merges of lanes; 0 in other arms.
-        moments: "mean": moments are merged; "new": they begin anew in every round.
+        moments: "mean": merge them; "new": set them to zero at the start of every round.
         outer: rate and momentum of the outer step of lanes.
         parent: steps that one node has trained before with batch 8 at the size's constant rate; 0: from the first weights.
     """

@@ -117,7 +117,7 @@ def variants(block: Block, done: Done) -> Iterator[Cell]:
 
 
 def more_variants(block: Block, done: Done) -> Iterator[Cell]:
-    """Moments that begin anew, a milder outer step, and the whole batch of eight nodes."""
+    """Moments set to zero in every round, a milder outer step, and the whole batch of eight nodes."""
     lanes = block.cell("lanes", best_rate(block, "lanes", done), 0)
     yield replace(lanes, moments="new")
     yield replace(lanes, outer=(0.7, 0.5))

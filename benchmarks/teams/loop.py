@@ -64,7 +64,7 @@ class Node:
         )
 
     def load(self, state: State, steps: int) -> None:
-        """Go on from `state`, after `steps` steps. A state without moments begins them anew."""
+        """Go on from `state`, after `steps` steps. Set the moments to zero where `state` has none."""
         load_trained(self._model, state.parameters)
         self._ema.load(state.averages)
         self._optimiser.load(state.moments, self._before + steps if state.moments else 0)

@@ -110,8 +110,11 @@ class Ledger:
     def open(cls, path: Path, run: str | None = None, *, to_read: bool = False, start: LedgerStart | None = None) -> Ledger:
         """Read and verify the ledger of `run` (None: of any run), and rebuild its state.
 
-        With `to_read` nothing is written, so that neither the file nor its folder need be writable. With `start` only the events
-        after it are read, if it fits the ledger: then whoever gave it has to verify the others (`replayed`).
+        Args:
+            path: the ledger's file.
+            run: id of the run.
+            to_read: write nothing, so that neither the file nor its folder need be writable.
+            start: read only the events after it, if it fits the ledger. The caller must then verify the others (`replayed`).
 
         Raises:
             ConfigError: the file is absent, no ledger, or another run's.

@@ -157,7 +157,7 @@ async def test_command_gets_the_text_and_one_that_hangs_is_ended(tmp_path: Path)
     assert await deliver("command", settings, "tiny", ["a", "b"]) == ""
     assert out.read_text() == "Run tiny: 2 things need you.\na\nb|Run tiny: 2 things need you.\na\nb"
     began = time.monotonic()
-    slow = AlertSettings(command=f'"{sys.executable}" -c "import time; time.sleep(600)"')
+    slow = AlertSettings(command=f'"{sys.executable}" -c "import signal; signal.pause()"')
     assert "longer than" in await deliver("command", slow, "tiny", ["a"], seconds=0.3)
     assert "ended with code 1" in await deliver("command", AlertSettings(command="false"), "tiny", ["a"])
     assert "cannot start" in await deliver("command", AlertSettings(command="/nowhere/at-all"), "tiny", ["a"])
