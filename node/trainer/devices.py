@@ -151,6 +151,8 @@ def use_device(device: str, most: int | None) -> None:
     with contextlib.suppress(RuntimeError, AssertionError):
         if kind in ("cuda", "xpu"):
             backend = torch.cuda if kind == "cuda" else torch.xpu
+            if not backend.is_available():  # a torch without CUDA lacks even what sets the device
+                return
             backend.set_device(device)
             if most is not None and hasattr(backend, "set_per_process_memory_fraction"):
                 total = backend.get_device_properties(torch.device(device)).total_memory

@@ -17,6 +17,7 @@ from lutetia.node.trainer.devices import (
     choose_device,
     choose_precision,
     missing_code,
+    use_device,
 )
 from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.loop import answer_probe
@@ -125,6 +126,12 @@ def test_a_missing_device_is_told_apart_from_a_failed_probe(tmp_path: Path):
     assert "cuda:63" in answer.text
     torn = answer_probe(ProbeQuestion(manifest=run.manifest_file, device="cpu", threads=1, free_disk=10**9))
     assert isinstance(torn, ProbeFinished)
+
+
+@pytest.mark.parametrize("device", ["cuda:63", "xpu:63"])
+def test_missing_card_is_left_to_the_probe_to_report(device: str) -> None:
+    use_device(device, None)
+    use_device(device, 1 << 30)
 
 
 MISSING = DeviceMissing("device cuda is set, but torch sees 0 CUDA devices; check the driver, or use cpu")
