@@ -16,11 +16,12 @@ from lutetia.models.data.decode.cut import ClipLook, ClipRefused
 from lutetia.models.data.decode.pool import DecoderPool, in_pool
 from lutetia.models.data.ingest.listing import Listing, read_listing
 from lutetia.node.trainer.devices import Accelerators, choose_device
-from lutetia.system.errors import ConfigError
+from lutetia.system.errors import ConfigError, DataError
 from lutetia.system.files import write_atomic
 
 _LOOKED_AT = 200  # clips at most
 _WORKERS = 2
+_MOST_NAMED = 5  # files in a refusal
 
 Progress = Callable[[str, int, int], None]
 
@@ -45,7 +46,13 @@ def write_settings(clips: Path, file: Path, on_progress: Progress, pipeline: str
         raise ConfigError(f"{file} exists already and is not overwritten; name another file with --out")
     listing = read_listing(clips)
     facts, refused = _look(listing, on_progress)
-    choose_data(facts, has_accelerator=False)  # raises before the slow imports
+    left_out = tuple(each.reason for each in listing.bad) + refused
+    try:
+        choose_data(facts, has_accelerator=False)  # raises before the slow imports
+    except DataError as error:
+        named = [*left_out, *(f"{each.name}: {each.reason}" for each in listing.unused)]
+        more = f"; and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+        raise DataError(f"{error}. Not used: {'; '.join(named[:_MOST_NAMED])}{more}" if named else str(error)) from error
     from lutetia.cli.init.machine import latent_of, measure
     from lutetia.cli.init.pipeline import cost_of, fit_pipeline
     from lutetia.models.data.build_settings import BuildSettings
@@ -63,8 +70,7 @@ def write_settings(clips: Path, file: Path, on_progress: Progress, pipeline: str
     write_atomic(file, render(clips, file, data, budget, measured, pipeline).encode())
     for model, table in ((BuildSettings, "data"), (RunSettings, "run"), (ServeSettings, "serve")):
         settings_of(model, str(file), read_config(file, table))  # what was written must be readable
-    bad = tuple(each.reason for each in listing.bad) + refused
-    return InitReport(data, budget, measured, bad, len(listing.unused))
+    return InitReport(data, budget, measured, left_out, len(listing.unused))
 
 
 def _look(listing: Listing, on_progress: Progress) -> tuple[ClipFacts, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -122,3 +123,10 @@ def test_next_command_takes_the_same_file_where_it_has_its_settings(tmp_path: Pa
 def test_command_names_what_is_missing(tmp_path: Path) -> None:
     refused = failure(lutetia("init", "nowhere", "--json", cwd=tmp_path))
     assert (refused["code"], refused["message"].split(" is not")[0]) == (12, "nowhere")
+
+
+def test_too_few_clips_name_what_was_not_used(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "notes.doc").write_text("no clip")
+    with pytest.raises(DataError, match=r"0 clips for training are too few .*Not used: .*pipe\.mp4"):
+        write_settings(tmp_path, tmp_path.parent / "settings.toml", lambda *_: None)
