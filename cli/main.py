@@ -125,7 +125,10 @@ class _Reported(contextlib.AbstractContextManager["_Reported"]):
             case OSError() if error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT):
                 self._exit(DiskError.code, DiskError.name, plain(_disk_sentence(error)))
             case _:
-                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                first = error
+                while isinstance(first, BaseExceptionGroup):
+                    first = first.exceptions[0]
+                text = f"{type(first).__name__}: {first}".splitlines()[0]
                 self._exit(70, "internal", f"unexpected {text}; this is a bug, run again with LUTETIA_DEBUG=1 for the traceback")
 
 

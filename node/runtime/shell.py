@@ -193,7 +193,7 @@ class NodeShell:
         }
         for name, device in tuple(self.devices.items()):
             taken = frozenset().union(*(shards for other, shards in used.items() if other != name))
-            if taken != device.state.taken:
+            if device.state.phase != "left" and taken != device.state.taken:  # one that has left takes nothing in
                 device.feed(m.ShardsTaken(time.time(), taken))
         self._notify()
 

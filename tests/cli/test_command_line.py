@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lutetia.cli.main import _Reported
 from lutetia.protocol.schema.identity import Identity
 from tests.child_environment import clean_environment
 from tests.cli.command_runner import each, failure, fresh_lutetia, lutetia, processor_time, ticket
@@ -246,3 +247,10 @@ def test_missing_device_is_reported_before_any_work(tmp_path: Path) -> None:
     assert all("torch sees 0 CUDA devices" in run.stdout for run in runs[:4])
     assert all("device" in failure(run)["message"] for run in runs)
     assert list(tmp_path.iterdir()) == [build]
+
+
+def test_unexpected_error_of_a_task_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, _Reported(as_json=True):
+        raise ExceptionGroup("several", [ExceptionGroup("inner", [ValueError("first")]), OSError("second")])
+    assert exit_.value.code == 70
+    assert "ValueError: first" in json.loads(capsys.readouterr().out)["error"]["message"]

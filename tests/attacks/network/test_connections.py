@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.transport.base import Stream
 from lutetia.protocol.transport.hivemind import transport as transport_module
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
 from lutetia.protocol.transport.idle_connections import IDLE_PER_PREFIX, idle_to_close
@@ -28,7 +30,14 @@ async def test_idle_connections_are_closed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(transport_module, "IDLE_PER_PREFIX", 1)
     async with network(tmp_path, manifest_of_now()) as start:
         host = await start("host")
-        await host.serve("/test/wait", lambda stream: stream.read_exactly(1))  # type: ignore[arg-type, return-value]
+        arrived = asyncio.Event()
+
+        async def wait(stream: Stream) -> None:
+            await stream.read_exactly(1)
+            arrived.set()
+            await stream.read_exactly(1)
+
+        await host.serve("/test/wait", wait)
         visitors = [
             await HivemindTransport.start(
                 Identity.derived(f"visitor {n}"), listen="/ip4/127.0.0.2/tcp/0", state_folder=tmp_path / f"visitor {n}"
@@ -39,6 +48,8 @@ async def test_idle_connections_are_closed(tmp_path: Path, monkeypatch: pytest.M
             for visitor in visitors:
                 assert await visitor.dial_each(host.addresses()) == {}
             stream = await visitors[0].open_stream(host.peer_id, "/test/wait")
+            await stream.write(b"1")
+            await arrived.wait()  # p2pd says that a stream is open before the other side has it
             host.favour(lambda peer_id: peer_id == visitors[1].peer_id)
             assert len(await host.connections()) == 4
             left = set(await host.connections())

@@ -86,3 +86,34 @@ async def test_added_card_gets_a_shard_and_lost_card_hands_its_shard_back(tmp_pa
     finally:
         node.feed(UserVerb(time.time(), "leave"))
         await at_work
+
+
+async def test_device_that_is_leaving_does_not_hear_of_the_others(tmp_path: Path):
+    """Telling it again and again, because it takes nothing in any more, once ended the node."""
+    run = make_run(tmp_path / "run", epochs=50, steps=2000, heartbeat=1.0)
+    setup = await NodeSetup.create(run, tmp_path / "node")
+    node = make_node(setup, tmp_path / "node")
+    at_work = asyncio.create_task(node.run())
+    try:
+        await asyncio.sleep(0)
+        node.hardware_seen(("cpu:0", "cpu:1"), None)
+        leaving, other = node.devices["cpu:0"], node.devices["cpu:1"]
+
+        async def both_train() -> bool:
+            assert not at_work.done(), at_work.result()
+            return trains(leaving) and trains(other)
+
+        async def other_has_no_shard() -> bool:
+            assert not at_work.done(), at_work.result()
+            return not other.shards_in_use
+
+        await eventually(both_train)
+        async with leaving._ordered_lock:  # its last work takes long
+            node.hardware_seen(("cpu:1",), None)
+            assert leaving.state.phase == "left"
+            other.feed(UserVerb(time.time(), "pause", None))
+            await eventually(other_has_no_shard)
+            assert leaving.state.taken, "as it was when it left"
+    finally:
+        node.feed(UserVerb(time.time(), "leave"))
+        await at_work
