@@ -107,12 +107,19 @@ def sweep_parts(folder: Path) -> None:
 
     What cannot be removed stays until the next start.
     """
-    for left in list(folder.rglob(".*.part")):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                left.unlink()
+    for place, folders, files in os.walk(folder):  # unlike rglob it goes on where a folder vanishes meanwhile
+        for name in [name for name in (*folders, *files) if is_part(name)]:
+            left = Path(place, name)
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    left.unlink()
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name is a half-written one."""
+    return name.startswith(".") and name.endswith(".part")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

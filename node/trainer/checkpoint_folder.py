@@ -8,6 +8,7 @@ the same files.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.fields import Digest, PublicKey
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
-from lutetia.system.files import write_atomic
+from lutetia.system.files import is_part, write_atomic
 
 CHECKPOINT, LOCAL = "checkpoint.json", "local.json"
 FILES = ("weights", "state", "trace")
@@ -145,9 +146,10 @@ class CheckpointFolder:
 
     def sweep(self) -> None:
         """Remove partial files of a killed trainer; a read-only disk is ignored."""
-        for path in self.path.glob("**/.*.part"):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+        for place, _, names in os.walk(self.path):  # unlike glob it goes on where an epoch's folder is removed meanwhile
+            for path in [Path(place, name) for name in names if is_part(name)]:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
         for path in self.path.glob("epoch-*.part"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lutetia.node.trainer.checkpoint_folder import (
 )
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.system.errors import IntegrityError
+from lutetia.system.files import sweep_parts
 from tests.node.checkpoint_files import NOTHING, SlowBlobStore, kept, write_checkpoint
 from tests.node.small_disk import make_read_only, small_disk
 from tests.node.tiny_run import TinyRun, make_run
@@ -202,6 +204,28 @@ def test_sweep_removes_what_a_killed_trainer_left(tmp_path: Path):
     (folder.path / "local-1-0.safetensors").touch()
     folder.sweep()
     assert [path.name for path in folder.path.iterdir()] == ["local-1-0.safetensors"]
+
+
+def test_sweep_goes_on_while_epochs_are_removed(tmp_path: Path):
+    """The clean-up after an acceptance and the start of a trainer run in two threads."""
+    folder, done = CheckpointFolder(tmp_path, "ab" * 32, 0), threading.Event()
+
+    def come_and_go() -> None:
+        while not done.is_set():
+            for epoch in range(20):
+                folder.epoch_folder(epoch).mkdir(parents=True)
+            for epoch in range(20):
+                folder.drop_epoch(epoch)
+
+    other = threading.Thread(target=come_and_go)
+    other.start()
+    try:
+        for _ in range(200):
+            folder.sweep()
+            sweep_parts(tmp_path)
+    finally:
+        done.set()
+        other.join()
 
 
 def test_sweeping_a_read_only_disk_leaves_what_is_there(tmp_path: Path):
