@@ -28,6 +28,8 @@ class DeviceStatus(Frozen):
     due: float | None = Field(default=None, description="When the next checkpoint is expected, in Unix seconds")
     paused_until: float | None = Field(default=None, description="When the pause ends, in Unix seconds; None: at resume")
     precision: str | None = Field(default=None, description="Data type of the forward pass, and why")
+    waits_for_part: int | None = Field(default=None, description="Part of the shard's data that training stands still for")
+    waits_since: float | None = Field(default=None, description="Since when it does, in Unix seconds")
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
 
 

@@ -32,10 +32,11 @@ def doctor(
     from lutetia.system.paths import default_state_folder
 
     decoded = read_ticket(ticket) if ticket else None
-    findings = run_checks(state_folder or default_state_folder())
+    folder = state_folder or default_state_folder()
+    findings = run_checks(folder)
     if decoded:
         from lutetia.cli.doctor.run_needs import check_run
 
-        findings.append(check_run(decoded))
+        findings.append(check_run(decoded, folder))
     emit({"findings": [vars(finding) for finding in findings]}, as_json, lambda: render_findings(findings))
     raise typer.Exit(next((finding.code for finding in findings if finding.verdict == "fail"), 0))

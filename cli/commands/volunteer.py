@@ -164,12 +164,22 @@ def _work(document: dict[str, Any]) -> str:
     return f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"
 
 
+def _waiting(device: dict[str, Any], now: float) -> str:
+    """Which part of the data training stands still for, and for how long; empty if it does not."""
+    from lutetia.cli.formatting import ago
+
+    if device.get("waits_since") is None:
+        return ""
+    return f"waits for data: part {device['waits_for_part']}, for {ago(now - device['waits_since'])}"
+
+
 def _device_line(device: dict[str, Any], now: float) -> str:
     """What one of several devices does."""
     from lutetia.cli.formatting import ago
 
     text = f"{device['state']} for {ago(now - device['since'])}: "
     text += _work(device) if device["step"] is not None else device["reason"]
+    text += f"; {waiting}" if (waiting := _waiting(device, now)) else ""
     if device["due"]:
         text += f", due in {ago(device['due'] - now)}"
     return text + (f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else "")
@@ -199,6 +209,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "run": f"{document['name'] or '-'}   {short(document['run'], 12)}   {'online' if document['online'] else 'offline'}",
         **several,
         "work": "" if several else _work(document),
+        "waits": "" if several else _waiting(document, now),
         "counts": f"{counts}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
         "due": f"in {ago(document['due'] - now)}" if document["due"] and not several else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] and not several else "",

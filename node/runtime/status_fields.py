@@ -31,6 +31,8 @@ def device_status(shell: DeviceShell) -> DeviceStatus:
             "step": report.step, "steps": report.steps or None, "samples": report.samples, "loss": report.loss,
             "samples_per_second": rate, "due": now + left / rate if rate else None,
         }  # fmt: skip
+    if waits := shell.trainer.waits:
+        fields |= {"waits_for_part": waits.part, "waits_since": waits.since}
     return DeviceStatus(**fields)
 
 

@@ -21,6 +21,7 @@ import psutil
 from pydantic import Field
 
 from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
+from lutetia.models.training.memory.needs import RunNeeds
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, plan_memory
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
@@ -73,6 +74,9 @@ class ShardFit(Frozen):
     micro_batch: int | None = Field(default=None, description="Clips per forward pass that work")
     memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
     precision: Precision | None = Field(default=None, description="Data type of the forward pass; None: the chosen one")
+    takes: tuple[int, int] | None = Field(
+        default=None, description="Bytes on the device and in main memory beside it, as planned; None: not counted"
+    )
     reason: str = Field(description="Why")
 
 
@@ -86,6 +90,14 @@ class ProbeResult(Frozen):
     precision_reason: str = Field(description="Why that data type")
     samples_per_second: float = Field(description="Training speed of the first expert that fits; 0 if none does")
     shards: dict[int, ShardFit] = Field(description="Fit by shard index")
+    needs: RunNeeds | None = Field(default=None, description="What the first expert that fits takes of disk, line and time")
+
+    def lines(self, *, base_here: bool) -> tuple[str, ...]:
+        """What the run takes of this machine, in two lines; none where no expert fits. `base_here`: its base is on the disk."""
+        fit = next((fit for _, fit in sorted(self.shards.items()) if fit.fitness > 0), None)
+        if self.needs is None or fit is None:
+            return ()
+        return self.needs.two_lines(self.device, fit.takes, self.samples_per_second, base_here=base_here)
 
     @property
     def fitness(self) -> dict[int, float]:
@@ -140,6 +152,8 @@ def probe(question: ProbeQuestion) -> ProbeResult:
     """Run the probe. Raises HardwareError when the wanted device is missing."""
     import torch
 
+    from lutetia.models.training.memory.forecast import run_needs
+
     if question.threads:
         torch.set_num_threads(question.threads)
     manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
@@ -150,18 +164,19 @@ def probe(question: ProbeQuestion) -> ProbeResult:
     log.info("device %s; precision %s", device_reason, precision_reason)
     unmet = unmet_need(manifest.hardware, hardware, question.free_disk)
     fits: dict[int, ShardFit] = {}
-    rate, tried = 0.0, {}
+    rate, tried, needs = 0.0, {}, None
     for shard in manifest.shards:
         spec = manifest.expert_of(shard.index)
         kind = spec.model_dump_json()
         if unmet is None and kind not in tried:
             tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question)
-            rate = rate or measured
+            if measured and needs is None:
+                rate, needs = measured, run_needs(manifest, shard.index)
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
         fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
     return ProbeResult(
         question=question_digest(question), hardware=hardware, device=device, precision=precision,
-        precision_reason=precision_reason, samples_per_second=rate, shards=fits,
+        precision_reason=precision_reason, samples_per_second=rate, shards=fits, needs=needs,
     )  # fmt: skip
 
 
@@ -235,8 +250,9 @@ def _try_expert(
             if size is not None:
                 why = "as set" if wanted and size == wanted else "the whole batch" if size >= batch else "the largest that fits"
                 reason = f"micro-batch {size}, {why}; {plan.reason}"
+                takes = (plan.need.device, plan.need.host) if plan.need else None
                 return ShardFit(
-                    fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, reason=reason
+                    fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, takes=takes, reason=reason
                 ), trial.rate  # fmt: skip
             if not trial.out_of_memory:
                 break

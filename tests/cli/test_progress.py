@@ -45,6 +45,13 @@ def test_status_and_log_count_epochs_alike() -> None:
     assert "expert 2 night streets, epoch 5 of 20, step 100 of 400" in shown.get()
 
 
+def test_status_tells_which_data_training_waits_for() -> None:
+    printer = console()
+    with printer.capture() as shown:
+        printer.print(render_local({**STATUS, "waits_for_part": 3, "waits_since": NOW - 40}, NOW))
+    assert "waits for data: part 3, for 40 s" in " ".join(shown.get().split())
+
+
 def test_each_of_several_devices_has_its_line() -> None:
     each = [
         {**STATUS, "device": "cuda:0"},

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from lutetia.cli.doctor.run_needs import check_run, coordinator_needs, node_needs
+from lutetia.cli.doctor.run_needs import check_run, coordinator_needs, here_lines, node_needs
 from lutetia.coordinator.acceptance.retention import kept_bytes
-from lutetia.models.training.memory.forecast import checkpoint_form, forecast
+from lutetia.models.training.memory.forecast import checkpoint_form, forecast, run_needs
+from lutetia.node.runtime.workspace import RunPaths
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.capabilities import COMPACT
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.ticket import Ticket
-from lutetia.system.errors import BootstrapError
+from lutetia.system.errors import BootstrapError, ConfigError
+from tests.models.experts.tiny_base import adapting, tiny_base
 from tests.models.tiny_experts import WAN, tiny_manifest
 from tests.models.training.memory.test_plan import WAN_1_3B, WAN_256
+from tests.node.runtime.test_tasks import probe_result
 from tests.protocol.example_documents import STRANGER
 
 
@@ -24,7 +31,7 @@ def test_needs_of_a_large_expert_are_named_in_gb():
     assert "hours" in hours
     needed = forecast(manifest)
     assert needed.plain > 28e9 > 16e9 > needed.least
-    assert needed.host == 4 * needed.trained
+    assert needed.host == 4 * needed.needs.trained
     assert "unless the setting kept_mixtures bounds these" in coordinator_needs(manifest)
 
 
@@ -44,8 +51,35 @@ def test_forecast_of_the_coordinators_disk_follows_the_rule(epochs: int, mixture
     assert kept_bytes(2, 3, epochs, 4, mixtures, copied) == size
 
 
-def test_run_that_cannot_be_reached_is_a_finding_with_its_exit_code():
+def test_doctor_tells_hours_by_the_probed_rate_and_the_base_to_fetch(tmp_path: Path):
+    expert = adapting(tiny_base(tmp_path / "base"), rank=2)
+    assert expert.adapter
+    base = expert.adapter.base
+    large = base.model_copy(update={"served": True, "files": {"model.safetensors": BlobRef(digest="0" * 64, size=28 * 10**9)}})
+    manifest = tiny_manifest(expert=expert.model_copy(update={"adapter": expert.adapter.model_copy(update={"base": large})}))
+    seen = "; ".join(here_lines(manifest, tmp_path))
+    assert "the base: 28 GB to fetch once, about 0.62 hours at 100 Mbit/s" in seen
+    assert "hours at 30 TFLOP/s" in seen
+    paths = RunPaths(tmp_path, manifest.run_id)
+    paths.folder.mkdir(parents=True)
+    paths.probe_result("cpu").write_bytes(canonical(probe_result().model_copy(update={"samples_per_second": 2.0})))
+    told = f"about {manifest.samples_per_shard / 7200:.3g} hours at 2 samples/s, as probed here"
+    assert told in "; ".join(here_lines(manifest, tmp_path))
+    with pytest.raises(ConfigError, match="which the run's owner does not serve"):
+        here_lines(tiny_manifest(expert=expert), tmp_path)
+
+
+def test_join_tells_all_of_it_in_two_lines():
+    needs = run_needs(tiny_manifest(expert=WAN_1_3B, latent=WAN_256)).model_copy(update={"base": 10**9})
+    first, second = needs.two_lines("cuda:0", (16 * 10**9, 5 * 10**9), 0.5, base_here=False)
+    assert first == "expert: 1419 million parameters, 1419 million trained; on cuda:0: 16 GB and 5 GB of main memory"
+    for part in ("a checkpoint: 22.7 GB", "a node's disk: ", "hours at 0.5 samples/s", "the base: 1 GB to fetch once"):
+        assert part in second
+    assert "on this machine already" in needs.two_lines("cuda:0", None, None, base_here=True)[1]
+
+
+def test_run_that_cannot_be_reached_is_a_finding_with_its_exit_code(tmp_path: Path):
     address = f"/ip4/127.0.0.1/tcp/1/p2p/{STRANGER.peer_id}"
-    finding = check_run(Ticket(run="0" * 64, owner=STRANGER.public_key, addresses=(address,)))
+    finding = check_run(Ticket(run="0" * 64, owner=STRANGER.public_key, addresses=(address,)), tmp_path)
     assert (finding.verdict, finding.code) == ("fail", BootstrapError.code)
     assert "connection refused" in finding.seen

@@ -9,14 +9,13 @@ from lutetia.models.experts.families import build_meta, family_of
 from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.checkpoint_checks import published_schema, state_schema
 from lutetia.models.training.memory.activations import expert_facts
+from lutetia.models.training.memory.needs import RunNeeds
 from lutetia.models.training.memory.plan import GB, ladder, memory_need
 from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
 LARGE = 250_000_000
 """Trained numbers from which new runs publish compact checkpoints: 4 GB in the plain form."""
-_FLOPS = 30e12
-"""Operations per second that a card of 24 GB reaches in such training, about a third of what it is sold with."""
 
 
 def checkpoint_form(wanted: str, expert: ExpertSpec) -> tuple[CheckpointForm, str]:
@@ -36,60 +35,51 @@ def checkpoint_form(wanted: str, expert: ExpertSpec) -> tuple[CheckpointForm, st
 class Forecast:
     """What one shard of a run takes. Sizes in bytes."""
 
-    parameters: int
-    trained: int
+    needs: RunNeeds
     plain: int
     """On the device without any means against too little memory, one row at a time."""
     least: int
     """On an accelerator with all of them."""
     host: int
     """In main memory beside it, with all of them."""
-    weights: int
-    """Of one epoch's weights file."""
-    checkpoint: int
-    """Of one epoch: what crosses the wire."""
-    local: int
-    """Of a local state on the node's disk."""
-    data: int
-    hours: float
-    """For the shard's budget, at _FLOPS."""
-    epochs: int
 
-    @property
-    def node_disk(self) -> int:
-        """Parent, own checkpoint, one more in the making, a local state and its successor, and the data."""
-        return 3 * self.checkpoint + 2 * self.local + self.data
-
-    def lines(self) -> list[str]:
-        """For people."""
-        return [
-            f"expert: {self.parameters / 1e6:.4g} million parameters, {self.trained / 1e6:.4g} million trained",
+    def lines(self, rate: float | None = None, *, base_here: bool = False) -> list[str]:
+        """For people. `rate`: samples per second that a probe measured. `base_here`: the base's files are on this machine."""
+        memory = (
             f"memory of a card: {self.plain / GB:.3g} GB as it is, {self.least / GB:.3g} GB with all that saves memory, "
-            f"and then {self.host / GB:.3g} GB of main memory",
-            f"a checkpoint: {self.checkpoint / GB:.3g} GB on the wire, {self.epochs} of each shard; "
-            f"a node's disk: {self.node_disk / GB:.3g} GB",
-            f"a shard's budget: about {self.hours:.3g} hours at {_FLOPS / 1e12:.0f} TFLOP/s",
-        ]
+            f"and then {self.host / GB:.3g} GB of main memory"
+        )
+        needs = self.needs
+        lines = [needs.size_line(), memory, needs.disk_line(), needs.hours_line(rate), needs.base_line(here=base_here)]
+        return [line for line in lines if line]
 
 
-def forecast(manifest: Manifest, shard: int = 0) -> Forecast:
-    """Counts for a shard's expert; takes seconds for a large one. Raises ConfigError where it cannot be built."""
-    facts, spec, optimisation = expert_facts(manifest, shard), manifest.expert_of(shard), manifest.optimisation
+def run_needs(manifest: Manifest, shard: int = 0) -> RunNeeds:
+    """What a shard's expert takes besides memory. Raises ConfigError where it cannot be built."""
+    spec, optimisation = manifest.expert_of(shard), manifest.optimisation
     model = build_meta(spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    steps = list(ladder("bfloat16", "cuda", optimisation.optimizer, narrower=True))
-    last = memory_need(facts, steps[-1][0], steps[-1][1], 1, "cuda")
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
     required, optional = state_schema(spec, optimisation, manifest.checkpoints)
     state = {name: form for name, form in (required | optional).items() if not name.startswith("ema.")}
     patch = family_of(spec.class_name).patch(model.config)
     tokens = math.prod(-(-size // step) for size, step in zip(manifest.latent.shape[1:], patch, strict=True))
     weights = _bytes(published_schema(spec, manifest.checkpoints))
-    return Forecast(
-        parameters=parameters, trained=facts.trained, plain=memory_need(facts, *steps[0][:2], 1, "cuda").device,
-        least=last.device, host=last.host, weights=weights, checkpoint=weights + _bytes(state),
-        local=16 * facts.trained, data=manifest.shards[shard].data_bytes or manifest.shards[shard].train.size,
-        hours=6 * parameters * tokens * manifest.samples_per_shard / _FLOPS / 3600, epochs=manifest.epochs,
+    return RunNeeds(
+        parameters=parameters, trained=trained, weights=weights, checkpoint=weights + _bytes(state), local=16 * trained,
+        data=manifest.shards[shard].data_bytes or manifest.shards[shard].train.size,
+        base=manifest.adapter.base.size if manifest.adapter else 0, epochs=manifest.epochs, samples=manifest.samples_per_shard,
+        flops=6.0 * parameters * tokens * manifest.samples_per_shard,
     )  # fmt: skip
+
+
+def forecast(manifest: Manifest, shard: int = 0) -> Forecast:
+    """Counts for a shard's expert; takes seconds for a large one. Raises ConfigError where it cannot be built."""
+    facts = expert_facts(manifest, shard)
+    steps = list(ladder("bfloat16", "cuda", manifest.optimisation.optimizer, narrower=True))
+    last = memory_need(facts, steps[-1][0], steps[-1][1], 1, "cuda")
+    plain = memory_need(facts, *steps[0][:2], 1, "cuda").device
+    return Forecast(run_needs(manifest, shard), plain=plain, least=last.device, host=last.host)
 
 
 def _bytes(schema: dict) -> int:

@@ -26,6 +26,7 @@ from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import remembered_shards
 from lutetia.node.trainer.devices import DeviceMissing
+from lutetia.node.trainer.probe import ProbeResult
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.manifest_upgrade import training_changed
 from lutetia.system.errors import DiskError, LutetiaError, one_error
@@ -65,6 +66,7 @@ class DeviceShell:
         """Whether log lines name the device: the node has several."""
         self.problem: str | None = None
         """The last warning, for the local status."""
+        self._told_needs: tuple[str, ...] = ()
         self._group: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._ordered_lock = asyncio.Lock()
@@ -259,7 +261,15 @@ class DeviceShell:
             self.feed(m.ProbeFailed(time.time(), str(error)))
         else:
             self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)
+            self._tell_needs(probed)
             self.feed(m.Probed(time.time(), probed.fitness, probed.samples_per_second))
+
+    def _tell_needs(self, probed: ProbeResult) -> None:
+        """Say once in two lines what the run takes of this machine, before it works."""
+        lines = probed.lines(base_here=self.workspace.local_model is not None)
+        for line in lines if lines != self._told_needs else ():
+            log.info("%s", line)
+        self._told_needs = lines
 
     async def _begin_sync(self, action: m.Sync) -> None:
         """Start fetching, without making later ordered work wait for it."""

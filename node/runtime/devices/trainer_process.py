@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 STOP_GRACE = 60.0
 KILL_GRACE = 5.0
 SPARE_SECONDS = 60.0
+_WAIT_OVER = 5.0
+"""Seconds after which a trainer that said that it waits, and does not say so again, waits no more."""
 TRAINER_MODULE = "lutetia.node.trainer"
 
 
@@ -46,6 +48,17 @@ class TrainerReport:
     samples: int = 0
     loss: float | None = None
     rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataWait:
+    """The trainer stands still for `part` of its data since `since`. `place`: epoch and step at which it stands."""
+
+    part: int
+    since: float
+    heard: float
+    """When it said so last; it does every second."""
+    place: tuple[int, int]
 
 
 class TrainerProcess:
@@ -76,6 +89,7 @@ class TrainerProcess:
         self.shard: int | None = None
         """The shard whose files the trainer uses, until it is gone."""
         self.report: TrainerReport | None = None
+        self._waits: DataWait | None = None
         self.starved = asyncio.Event()
         """Set when the trainer waits for a part of its data."""
 
@@ -125,6 +139,12 @@ class TrainerProcess:
             child = await Child.start(TRAINER_MODULE, *self._arguments, environment=self._environment)
         return child
 
+    @property
+    def waits(self) -> DataWait | None:
+        """The part of its data that the trainer waits for now."""
+        heard = self._waits is not None and self._now() - self._waits.heard < _WAIT_OVER
+        return self._waits if heard else None
+
     # --- orders -------------------------------------------------------------------------------------------------------------
 
     async def start(self, run: int, assignment: Assignment) -> None:
@@ -154,7 +174,7 @@ class TrainerProcess:
     async def stop(self, *, save: bool) -> None:
         """End the trainer if there is one, and return when it is gone. `save`: give it STOP_GRACE to write a local state."""
         child, reader = self._child, self._reader
-        self._child = self._reader = self.report = None
+        self._child = self._reader = self.report = self._waits = None
         self.disk_full = False
         if child is None:
             return
@@ -191,7 +211,7 @@ class TrainerProcess:
             await child.kill()
         code = await child.process.wait()
         if self._child is child:
-            self._child = self._reader = self.report = self.shard = None
+            self._child = self._reader = self.report = self.shard = self._waits = None
             self.disk_full = False
         if reason is None:
             reason = _meaning_of(code)
@@ -203,10 +223,15 @@ class TrainerProcess:
         match report:
             case ProgressReport(epoch=epoch, samples=samples, waiting=waiting):
                 if not self._stopping:
+                    if self._waits and (epoch, report.step) != self._waits.place:
+                        self._waits = None
                     self.report = TrainerReport(epoch, report.step, report.steps, samples, report.loss, report.rate)
                 self._feed(TrainerProgress(now, run, epoch, samples, waiting))
-            case WaitingForPart():
+            case WaitingForPart(part=part):
                 self.starved.set()
+                place = (self.report.epoch, self.report.step) if self.report else (0, 0)
+                began = self._waits.since if self._waits and (self._waits.part, self._waits.place) == (part, place) else now
+                self._waits = DataWait(part, began, now, place)
                 if self.report and self.report.steps:  # it does not hang
                     self._feed(TrainerProgress(now, run, self.report.epoch, self.report.samples, False))
             case CheckpointWritten(kept=kept):

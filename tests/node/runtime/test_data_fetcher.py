@@ -14,6 +14,8 @@ from lutetia.node.machine.state import ShardWork
 from lutetia.node.runtime.data_fetcher import AT_ONCE, DataFetcher
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.devices.trainer_process import TrainerReport
+from lutetia.node.runtime.status_fields import device_status
+from lutetia.node.trainer.messages import ProgressReport, WaitingForPart
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError
 from tests.node.runtime.test_tasks import NodeSetup
@@ -118,3 +120,27 @@ async def test_data_in_one_file_are_fetched_as_before(tmp_path: Path):
     shell = make_shell(node, tmp_path)
     at_work(shell)
     assert not await DataFetcher(shell).fetch_some()
+
+
+async def test_status_names_the_part_that_training_waits_for_and_since_when(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    shell, clock = make_shell(node, tmp_path), [1000.0]
+    at_work(shell)
+    trainer = shell.trainer
+    trainer._now, trainer.report = lambda: clock[0], TrainerReport(0, 2, 6, 4, 1.0, 1.0)
+
+    def told() -> tuple[int | None, float | None]:
+        status = device_status(shell)
+        return status.waits_for_part, status.waits_since
+
+    assert told() == (None, None)
+    for _ in range(3):
+        trainer._handle(1, WaitingForPart(part=7))
+        clock[0] += 1
+    assert told() == (7, 1000.0), "it says so every second, and waits since the first time"
+    trainer._handle(1, ProgressReport(epoch=0, step=3, steps=6, samples=6, loss=1.0, rate=1.0, waiting=False))
+    assert told() == (None, None)
+    trainer._handle(1, WaitingForPart(part=8))
+    assert told() == (8, 1003.0)
+    clock[0] += 10
+    assert told() == (None, None), "the part has come, and a long step has begun"

@@ -111,10 +111,14 @@ def test_probe_runs_the_real_expert(tmp_path: Path):
     assert result.fitness == {0: 1.0, 1: 1.0}
     assert result.shards[0].micro_batch == 4
     assert result.samples_per_second > 0
+    first, second = result.lines(base_here=False)
+    assert "on cpu: " in first
+    assert f"hours at {result.samples_per_second:.3g} samples/s, as probed here" in second
     assert result.hardware.cores >= 1
     poor = make_run(tmp_path / "poor", hardware=HardwareNeeds(cuda=True))
     refused = probe(ProbeQuestion(manifest=poor.manifest_file, device="cpu", free_disk=10**9))
     assert refused.fitness == {0: 0.0, 1: 0.0}
+    assert refused.lines(base_here=False) == ()
     assert refused.shards[0].reason == "the run needs a CUDA device"
 
 
