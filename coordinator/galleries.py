@@ -7,10 +7,12 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lutetia.coordinator.run_folder import RunFolder
+from lutetia.models.video_files import write_gif
 from lutetia.system.files import disk_errors, make_folder, replace_folder
 
 _log = logging.getLogger(__name__)
@@ -20,6 +22,11 @@ REAL = "real"
 """The folder, beside those of the mixtures, of the training clips that fit the prompts."""
 MOST_KEPT = 400
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_PIXELS = 128
+"""Small clips are enlarged to about this side."""
+_LEAST_SHARE = 0.01
+_MOST_EXPERTS = 8
+"""Of each step at most so many experts are named, those with the largest shares, and none below one percent."""
 
 
 def to_drop(times: Sequence[float], sizes: Sequence[int], most_bytes: int, most: int = MOST_KEPT) -> list[int]:
@@ -82,3 +89,49 @@ def copy_sheets(data: Path, sheets: Path) -> None:
     for path in sorted((data / "sheets").glob("[0-9][0-9][0-9]-*.png")):
         make_folder(sheets)
         shutil.copyfile(path, sheets / f"{path.name[:3]}.png")
+
+
+def experts_of(routing: Sequence[Sequence[float]]) -> list[list[tuple[int, float]]]:
+    """Of each step, from noise to clip: the experts that drew it and their shares, the largest first.
+
+    `routing`: weights of all experts at each step, [steps][K].
+    """
+    steps = []
+    for weights in routing:
+        ranked = sorted(enumerate(weights), key=lambda item: -item[1])[:_MOST_EXPERTS]
+        steps.append([(expert, round(share, 3)) for expert, share in ranked if share >= _LEAST_SHARE])
+    return steps
+
+
+def written_prompts(folder: Path) -> list[str] | None:
+    """The prompts whose training clips are in `folder`; None where there are none."""
+    try:
+        return json.loads((folder / LIST).read_text())["prompts"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_gallery(
+    out: Path, entries: Sequence[Mapping[str, Any]], clips: Iterable[Any], fps: float, about: Mapping[str, Any]
+) -> None:
+    """Replace the folder `out` by one GIF per entry and `gallery.json`, which is `about` and the entries with their files.
+
+    `clips`: uint8 [F, H, W, 3] each.
+    """
+    from PIL import Image
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    try:
+        listed = []
+        for index, (entry, clip) in enumerate(zip(entries, clips, strict=True)):
+            factor = max(1, _PIXELS // max(clip.shape[1:3]))
+            pictures = [Image.fromarray(frame).resize((frame.shape[1] * factor, frame.shape[0] * factor), 0) for frame in clip]
+            file = f"{index:03d}.gif"
+            write_gif(pictures, part / file, fps, shared_palette=False)
+            listed.append({**entry, "file": file})
+        (part / LIST).write_text(json.dumps({**about, "clips": listed}, ensure_ascii=False))
+        part.chmod(0o755)
+        replace_folder(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -24,6 +24,7 @@ from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.signed_head import HeadFile
 from lutetia.coordinator.ledger.status_builder import LiveView
 from lutetia.coordinator.ledger.status_builder import status as status_of
+from lutetia.coordinator.lending.measuring import LentMeasuring
 from lutetia.coordinator.lending.mixtures import LentMixtures
 from lutetia.coordinator.lending.prepare import prepare_lending
 from lutetia.coordinator.lending.reserve import read_reserve
@@ -131,17 +132,18 @@ class Service:
         holdouts = Holdouts(holdout_store(self.folder), self.identity.secret_for("held-out draws"))
         common = (self.settings.slowest_bytes_per_second, holdouts, set[str](), self.settings.kept_states)
         self.lender = self._lender() if self.sizes else None
+        self.archive = self._archive()
         self.mixture_worker: WorkerClient
         if self.lender and self.sizes:
             none = NoWorker()
-            self.mixture_worker = LentMixtures(
-                self.folder, lambda: self.manifest, self.lender, self.incoming, self.settings.slowest_bytes_per_second
-            )
+            slowest, reserve = self.settings.slowest_bytes_per_second, read_reserve(self.folder)
+            measuring = LentMeasuring(lambda: self.manifest, self.lender, holdouts, reserve, self.archive, slowest)
+            self.mixture_worker = LentMixtures(self.folder, lambda: self.manifest, self.lender, self.incoming, slowest, measuring)
             self.workers = (self.mixture_worker,)
             self.check_runner = LentCheckRunner(
                 self.transport, self.manifest, self.blobs, self.incoming, none, none, *common, lender=self.lender,
                 check_seconds=self.settings.check_seconds, keep_all_weights=self.settings.keep_all_weights, sizes=self.sizes,
-                reserve=read_reserve(self.folder),
+                reserve=reserve,
             )  # fmt: skip
         else:
             checks, audits, proofs = (self._worker(name) for name in ("checking", "auditing", "proving"))
@@ -151,7 +153,6 @@ class Service:
                 self.transport, self.manifest, self.blobs, self.incoming, checks, audits, *common, proofs, parents,
                 self.settings.check_seconds, self.settings.keep_all_weights,
             )  # fmt: skip
-        self.archive = self._archive()
         self.check_runner.mixture_blobs = self.archive.named_blobs
         self.announcer = Announcer(
             self.transport, self.identity, lambda: self.judge_loop.rules, lambda: self.judge_loop.state.run
@@ -169,10 +170,11 @@ class Service:
         self.announcer.swarm_monitor = self.swarm_monitor
         self.copy_keeping = CopyKeeping(self.manifest.optimisation.batch)
         self.judge_loop.auditors = lambda: free_auditors(self.swarm_monitor.view)
+        gallery = self.settings.gallery and (self.lender is None or self.lender.named)
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
-            self.settings.stitch, self.settings.refresh_seconds, self.settings.gallery and not self.lender,
-            self.archive, self.settings.gallery_bytes, self._measuring(holdouts),
+            self.settings.stitch, self.settings.refresh_seconds, gallery, self.archive,
+            self.settings.gallery_bytes, self._measuring(holdouts),
         )  # fmt: skip
         self.audit_service = AuditService(
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
@@ -275,10 +277,8 @@ class Service:
         archive.open(self.folder.mixture, self.ledger.state.mixture and self.ledger.state.mixture.mixture)
         return archive
 
-    def _measuring(self, holdouts: Holdouts) -> Measuring | None:
-        """A coordinator without worker processes measures nothing."""
-        chosen = self.settings.routing == "measured"
-        return None if self.lender else Measuring(holdouts.draw("mixtures"), self.settings.mixture_seconds, chosen)
+    def _measuring(self, holdouts: Holdouts) -> Measuring:
+        return Measuring(holdouts.draw("mixtures"), self.settings.mixture_seconds, self.settings.routing == "measured")
 
     def _worker(self, name: str) -> WorkerClient:
         """Checks, mixtures, audits and proofs have a process each, started when needed, so that none waits for another."""

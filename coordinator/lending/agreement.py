@@ -51,12 +51,19 @@ def settle(reports: Sequence[CheckReport], fewest: int = 1, known: frozenset[str
         if (_has_known(group, known), len(group)) > (_has_known(best, known), len(best)):
             best = group
     if len(best) >= NEEDED and (_has_known(best, known) or not _has_known(reports, known)):
-        return Settled(best[0], frozenset(report.owner for report in reports if report not in best))
+        return Settled(_as_far_as_all(best), frozenset(report.owner for report in reports if report not in best))
     return Settled(None) if len(reports) >= MOST_REPORTS else None
 
 
 def _has_known(reports: Sequence[CheckReport], known: frozenset[str]) -> bool:
     return any(report.owner in known for report in reports)
+
+
+def _as_far_as_all(reports: Sequence[CheckReport]) -> CheckReport:
+    """The first report, its rows as far as every one of `reports` goes: nobody has confirmed later ones."""
+    fields = ("parent", "averages", "raw")
+    rows = {name: min((getattr(report, name) for report in reports), key=len) for name in fields}
+    return reports[0].model_copy(update={name: getattr(reports[0], name)[: len(few)] for name, few in rows.items()})
 
 
 def agree(one: CheckReport, other: CheckReport, fewest: int = 1) -> bool:
@@ -69,7 +76,11 @@ def agree(one: CheckReport, other: CheckReport, fewest: int = 1) -> bool:
         return _replays_agree(one, other)
     if one.accuracy is not None and other.accuracy is not None:
         return one.router == other.router and abs(one.accuracy - other.accuracy) <= ROUTERS_APART
-    pairs = ((one.parent, other.parent), (one.averages, other.averages), (one.raw, other.raw))
+    if (one.mode, one.temperature) != (other.mode, other.temperature):
+        return False
+    pairs = [(one.parent, other.parent), (one.averages, other.averages), (one.raw, other.raw)]
+    if one.mode:  # of a mixture: the first one is compared with none
+        pairs = [pair for pair in pairs[:2] if any(pair)]
     return all(_rows_agree(numbers(ours), numbers(theirs), fewest) for ours, theirs in pairs)
 
 

@@ -1,4 +1,4 @@
-"""Makes mixtures without torch: nodes train the router and measure it, files are linked and described here."""
+"""Makes mixtures without torch: nodes train the router, evaluate the mixture and sample its gallery; files are linked here."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lutetia.coordinator.galleries import written_prompts
 from lutetia.coordinator.lending.agreement import Settled
 from lutetia.coordinator.lending.loans import LentCheck, loan_seconds_for
+from lutetia.coordinator.lending.measuring import PATIENCE, LentMeasuring
+from lutetia.coordinator.lending.pictures import largest_file, write_pictures
 from lutetia.coordinator.lending.runner import NoWorker
 from lutetia.coordinator.lending.service import CheckLender
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.worker.client import WorkerFailed
-from lutetia.coordinator.worker.messages import Job, MixtureReady, RouterReady, StitchMixture, TrainRouter
+from lutetia.coordinator.worker.messages import (
+    GallerySampled,
+    Job,
+    MixtureReady,
+    RouterReady,
+    SampleGallery,
+    StitchMixture,
+    TrainRouter,
+)
 from lutetia.models.mixing.assembly import assemble, write_mixture
-from lutetia.models.mixing.description import MixtureDocument
+from lutetia.models.mixing.description import FILE, MixtureDocument, MixtureRouting, read_mixture
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.rpc.check_request import CheckJob, CheckReport
+from lutetia.protocol.rpc.check_request import CheckJob, CheckReport, GalleryCheck
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.blob_ref import BlobRef
@@ -37,9 +48,10 @@ class LentMixtures(NoWorker):
     Args:
         folder: the run.
         manifest: the newest one.
-        lender: has nodes train the router and measure it.
-        incoming: where a router that is not measured yet is kept.
+        lender: has nodes train the router, measure it and sample.
+        incoming: where a router that is not measured yet is kept, and pictures until they are read.
         slowest: bytes per second at which borrowers must be able to fetch.
+        measuring: has mixtures evaluated.
     """
 
     folder: RunFolder
@@ -47,6 +59,7 @@ class LentMixtures(NoWorker):
     lender: CheckLender
     incoming: BlobStore
     slowest: float
+    measuring: LentMeasuring
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -56,7 +69,9 @@ class LentMixtures(NoWorker):
         if isinstance(job, TrainRouter):
             return await self._train(job)
         if isinstance(job, StitchMixture):
-            return await asyncio.to_thread(self._stitch, job, sign)
+            return await self._make(job, sign)
+        if isinstance(job, SampleGallery):
+            return await self._sample(job)
         return await super().ask(job)
 
     async def _train(self, job: TrainRouter) -> RouterReady:
@@ -92,23 +107,69 @@ class LentMixtures(NoWorker):
         lends = {trained.router.digest: self.incoming} if trained and trained.router else {}
         return await self.lender.ask(check, job, lends)
 
-    async def _fetch(self, ref: BlobRef, owner: str) -> Path:
-        """Raises WorkerFailed."""
-        if ref.size > _LARGEST_ROUTER:
-            raise WorkerFailed(f"the router of {owner[:8]} has {ref.size} bytes; at most {_LARGEST_ROUTER} are fetched")
+    async def _fetch(self, ref: BlobRef, owner: str, most: int = _LARGEST_ROUTER) -> Path:
+        """What a node has made for its check. Raises WorkerFailed."""
+        if ref.size > most:
+            raise WorkerFailed(f"the file that {owner[:8]} made has {ref.size} bytes; at most {most} are fetched")
         addresses = next((peer.addresses for peer in self.lender.peers() if peer.owner == owner), ())
         try:
             async with asyncio.timeout(_FETCH_SECONDS):
                 return await fetch_blob(self.lender.transport, self.incoming, ref, [Provider(peer_id_of(owner), addresses)])
         except (TimeoutError, ConnectionError, LutetiaError) as error:
-            raise WorkerFailed(f"the router of {owner[:8]} could not be fetched: {error}") from error
+            raise WorkerFailed(f"the file that {owner[:8]} made could not be fetched: {error}") from error
 
-    def _stitch(self, job: StitchMixture, sign: Callable[[bytes], str] | None) -> MixtureReady:
+    async def _make(self, job: StitchMixture, sign: Callable[[bytes], str] | None) -> MixtureReady:
+        router, measured = self.lender.run().router, None
+        if job.measure:
+            weights = {given.shard: given.weights for given in job.accepted}
+            measured = await self.measuring.measure(weights, router.router if router else None, job.measure)
+        digest = await asyncio.to_thread(self._stitch, job, measured and measured.routing, sign)
+        if measured is None:
+            return MixtureReady(digest=digest)
+        return MixtureReady(
+            digest=digest, losses=measured.losses, routing=measured.routing.text if measured.routing else "",
+            before=measured.before, rows_of=measured.rows_of,
+        )  # fmt: skip
+
+    async def _sample(self, job: SampleGallery) -> GallerySampled:
+        """One node samples: pictures decide nothing. Only nodes that the owner names may put any on the run's page."""
+        manifest = self.manifest()
+        if not self.lender.checkers:
+            raise WorkerFailed("pictures come only from nodes that the setting checkers names")
+        prompts = list(manifest.sampling.prompts)
+        real = job.real is not None and written_prompts(job.real) != prompts
+        description = await asyncio.to_thread(self.incoming.add_file, job.mixture / FILE)
+        size = sum(shard.size for shard in manifest.shards) if real else 0
+        size += sum(ref.size for ref in read_mixture(job.mixture).mixture.files.values())
+        check = LentCheck(
+            name="gallery", kind="gallery", shard=None, since=self.lender.transport.now(), needed=1,
+            seconds=loan_seconds_for(size, self.slowest, self.lender.usual.get("gallery")),
+        )  # fmt: skip
+        asked = GalleryCheck(mixture=description, real=real)
+        lent = CheckJob(id="0" * 64, kind="gallery", shard=0, gallery=asked, until=0.0)
+        pictures: BlobRef | None = None
+        try:
+            async with asyncio.timeout(PATIENCE * check.seconds):
+                report = (await self.lender.ask(check, lent, {description.digest: self.incoming})).report
+            assert report
+            assert report.pictures
+            pictures = report.pictures
+            path = await self._fetch(pictures, report.owner, largest_file(len(prompts), len(manifest.shards)))
+            await asyncio.to_thread(write_pictures, path, job, manifest, real)
+        except TimeoutError as error:
+            raise WorkerFailed(f"no node has sampled the gallery within {PATIENCE * check.seconds:.0f} s") from error
+        finally:
+            for ref in (description, pictures):
+                if ref:
+                    await asyncio.to_thread(self.incoming.remove, ref.digest)
+        return GallerySampled(clips=len(prompts))
+
+    def _stitch(self, job: StitchMixture, routing: MixtureRouting | None, sign: Callable[[bytes], str] | None) -> str:
         weights = {given.shard: path for given, path in zip(job.accepted, job.weights, strict=True)}
         accepted = {given.shard: given for given in job.accepted}
 
         def fill(build: Path) -> MixtureDocument:
             shutil.copytree(self.folder.parts, build, dirs_exist_ok=True)
-            return assemble(build, self.manifest(), weights, accepted, job.router)
+            return assemble(build, self.manifest(), weights, accepted, job.router, routing)
 
-        return MixtureReady(digest=write_mixture(job.folder, fill, sign))
+        return write_mixture(job.folder, fill, sign)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lutetia.protocol.rpc.check_request import CheckJob, CheckReport
+from lutetia.protocol.rpc.check_request import MOST_ROWS, CheckJob, CheckReport
 
 
 def well_formed(job: CheckJob, report: CheckReport, fewest: int) -> str:
@@ -29,6 +29,14 @@ def well_formed(job: CheckJob, report: CheckReport, fewest: int) -> str:
         if (len(report.losses) < audit.steps or (audit.end_state and report.drift is None)) and not diverged:
             return "it ends before the last step, or does not compare the ends"
         return ""
+    if job.gallery:
+        return "" if report.pictures else "it names no pictures"
+    if job.mixture:
+        counts = len(report.averages), len(report.parent)
+        if report.mode is None or report.temperature is None or not fewest <= counts[0] <= MOST_ROWS:
+            return f"it has {counts[0]} losses of the new mixture, or does not say how it routes"
+        wanted = counts[0] if job.mixture.current else 0
+        return "" if counts[1] == wanted else f"it has {counts[1]} losses of the current mixture instead of {wanted}"
     if report.router is None or report.accuracy is None or (job.router and report.router != job.router):
         return "it does not say how good which router is"
     return ""

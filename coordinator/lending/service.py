@@ -79,6 +79,11 @@ class CheckLender:
     _waiting: dict[str, _Waiting] = field(default_factory=dict)
     _warned: float = float("-inf")
 
+    @property
+    def named(self) -> bool:
+        """Whether the run's owner has named those that check."""
+        return bool(self.checkers)
+
     async def serve(self) -> None:
         await serve_checks(self.transport, self._answer, self._admit)
 

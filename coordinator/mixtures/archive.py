@@ -21,6 +21,7 @@ from lutetia.models.mixing.layout import WEIGHTS
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import write_atomic
 
@@ -37,6 +38,8 @@ class HeldOutLosses(Frozen):
     rows_of: str
     """What fixes the rows: losses with equal words are of equal rows."""
     losses: tuple[float, ...]
+    weights: dict[int, BlobRef] = {}
+    """The accepted weights that the mixture is made of, by shard."""
 
 
 def kept_mixtures(stitched: Sequence[str], current: str | None, most: int | None) -> set[str]:

@@ -197,12 +197,18 @@ class Stitcher:
 
     def _settle(self, state: RunState, made: MixtureReady) -> Succession:
         """Keep the new mixture, and make it the run's if it succeeds the current one. Blocks on the disk."""
-        digest, new = self.archive.add(self.folder.next_mixture), None
+        digest, new, old = self.archive.add(self.folder.next_mixture), None, None
         if made.losses and self.measuring:
             words = [digest_of(self.manifest), self.measuring.draw, *(shard.holdout.digest for shard in self.manifest.shards)]
-            new = HeldOutLosses(rows_of=hashlib.sha256(" ".join(words).encode()).hexdigest(), losses=made.losses)
+            rows = made.rows_of or hashlib.sha256(" ".join(words).encode()).hexdigest()
+            weights = {shard: given.weights for shard, view in state.shards.items() if (given := view.acceptance)}
+            new = HeldOutLosses(rows_of=rows, losses=made.losses, weights=weights)
             self.archive.write_losses(digest, new)
-        decided = succession(state, new, state.mixture and self.archive.read_losses(state.mixture.mixture))
+        if made.before:
+            old = HeldOutLosses(rows_of=made.rows_of, losses=made.before)
+        elif state.mixture and not made.rows_of:
+            old = self.archive.read_losses(state.mixture.mixture)
+        decided = succession(state, new, old)
         if decided.current:
             replace_folder(self.folder.next_mixture, self.folder.mixture)
         else:

@@ -191,12 +191,17 @@ class TrainRouter(Job[RouterReady]):
 
 
 class MixtureReady(_Line):
-    """The digest of the mixture that was written; its held-out losses row by row, and how it routes and why, if measured."""
+    """The digest of the mixture that was written; its held-out losses row by row, and how it routes and why, if measured.
+
+    `before`: losses of the current mixture on the same rows, where both were scored at once, on the rows that `rows_of` names.
+    """
 
     job: Literal["stitch"] = "stitch"
     digest: str
     losses: tuple[float, ...] = ()
     routing: str = ""
+    before: tuple[float, ...] = ()
+    rows_of: str = ""
 
 
 class MeasureMixture(_Line):

@@ -17,7 +17,7 @@ from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
 from lutetia.node.machine.messages import Exit
 from lutetia.node.pacing import SaveInterval, save_interval
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
-from lutetia.node.trainer.checking.answers import answer_check, answer_router
+from lutetia.node.trainer.checking.answers import answer_check, answer_gallery, answer_mixture, answer_router
 from lutetia.node.trainer.checkpoint_folder import CheckpointFolder, LocalState
 from lutetia.node.trainer.checkpoint_writer import RETRY_SECONDS, CheckpointWriter
 from lutetia.node.trainer.devices import Accelerators, DeviceMissing, all_devices, use_device
@@ -36,6 +36,8 @@ from lutetia.node.trainer.messages import (
     RunProbe,
     RunReplay,
     RunRouter,
+    SampleMixture,
+    ScoreMixture,
     SetDutyCycle,
     StartTraining,
     StopTraining,
@@ -94,6 +96,12 @@ class DaemonOrders:
                 case RunRouter(question=question):
                     use_device(question.device, self._memory)
                     self.send(answer_router(question))
+                case ScoreMixture(question=question):
+                    use_device(question.device, self._memory)
+                    self.send(answer_mixture(question))
+                case SampleMixture(question=question):
+                    use_device(question.device, self._memory)
+                    self.send(answer_gallery(question))
                 case StartTraining(assignment=assignment):
                     use_device(assignment.device, self._memory)
                     self.until, self.duty_cycle = assignment.until, assignment.duty

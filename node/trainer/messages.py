@@ -16,7 +16,15 @@ from lutetia.models.device import Precision
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import Assignment
-from lutetia.node.trainer.checking.questions import CheckFindings, CheckQuestion, RouterFindings, RouterQuestion
+from lutetia.node.trainer.checking.questions import (
+    CheckFindings,
+    CheckQuestion,
+    GalleryQuestion,
+    MixtureFindings,
+    MixtureQuestion,
+    RouterFindings,
+    RouterQuestion,
+)
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.node.trainer.probe import ProbeQuestion, ProbeResult
 from lutetia.protocol.schema.canonical import Frozen
@@ -92,6 +100,20 @@ class RunRouter(_Message):
     question: RouterQuestion
 
 
+class ScoreMixture(_Message):
+    """Score a mixture on held-out clips; answered by MixtureScored or RequestFailed."""
+
+    do: Literal["mixture"] = "mixture"
+    question: MixtureQuestion
+
+
+class SampleMixture(_Message):
+    """Sample the run's prompts from a mixture; answered by GalleryWritten or RequestFailed."""
+
+    do: Literal["gallery"] = "gallery"
+    question: GalleryQuestion
+
+
 class StartTraining(_Message):
     """Train; a process does this once, after any probes and replays."""
 
@@ -127,8 +149,8 @@ class StopTraining(_Message):
 
 
 ToTrainer = (
-    ListDevices | RunProbe | RunReplay | RunCheck | RunRouter | StartTraining | AllowTraining | SetDutyCycle | DataArrived
-    | StopTraining
+    ListDevices | RunProbe | RunReplay | RunCheck | RunRouter | ScoreMixture | SampleMixture | StartTraining | AllowTraining
+    | SetDutyCycle | DataArrived | StopTraining
 )  # fmt: skip
 
 
@@ -161,6 +183,17 @@ class ReplayFinished(_Message):
 class CheckFinished(_Message):
     say: Literal["checked"] = "checked"
     findings: CheckFindings
+
+
+class MixtureScored(_Message):
+    say: Literal["scored"] = "scored"
+    findings: MixtureFindings
+
+
+class GalleryWritten(_Message):
+    """The clips lie in the file that the question names."""
+
+    say: Literal["gallery"] = "gallery"
 
 
 class RouterFinished(_Message):
@@ -233,8 +266,9 @@ class ExitReport(_Message):
 
 
 FromTrainer = (
-    DevicesListed | ProbeFinished | ReplayFinished | CheckFinished | RouterFinished | RequestFailed | TrainerReady
-    | ProgressReport | WaitingForPart | LocalStateSaved | CheckpointWritten | DiskReport | ExitReport
+    DevicesListed | ProbeFinished | ReplayFinished | CheckFinished | RouterFinished | MixtureScored | GalleryWritten
+    | RequestFailed | TrainerReady | ProgressReport | WaitingForPart | LocalStateSaved | CheckpointWritten | DiskReport
+    | ExitReport
 )  # fmt: skip
 
 

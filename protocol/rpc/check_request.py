@@ -19,15 +19,18 @@ from lutetia.protocol.schema.fields import (
     Digest,
     Moment,
     OpenWord,
+    Positive,
     PublicKey,
     Seconds,
     Sentence,
     ShardIndex,
     Share,
     Signature,
+    added,
 )
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.protocol.schema.model.training_spec import MixtureMode
 from lutetia.protocol.schema.records import RecordRefused, TrainedWith
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.protocol.transport.base import Stream, Transport
@@ -35,8 +38,10 @@ from lutetia.protocol.transport.base import Stream, Transport
 CHECK = "/lutetia/check/1"
 CHECK_TIMEOUT = 30.0
 MOST_ROWS = 4096
-KINDS: tuple[str, ...] = ("result", "replay", "router", "router-report")
+KINDS: tuple[str, ...] = ("result", "replay", "router", "router-report", "mixture", "gallery")
 """The kinds of check that this version of a node carries out."""
+OF_ALL_SHARDS = frozenset({"mixture", "gallery"})
+"""Those that run the experts of all shards."""
 _LONGEST_NUMBER, _REST_OF_REPORT = 26, 16384
 MAX_REPORT_BYTES = _REST_OF_REPORT + _LONGEST_NUMBER * (3 * MOST_ROWS + MAX_STEPS)
 _MAX_ANSWER_BYTES = 65536
@@ -69,16 +74,45 @@ class ReplayCheck(WireDocument):
     coarse: bool = Field(description="Measure it in the other precision, not with micro-batches of one")
 
 
+class LentMixture(WireDocument):
+    """The parts of a mixture that its loss depends on."""
+
+    weights: dict[ShardIndex, BlobRef] = Field(min_length=1, max_length=MOST_SHARDS, description="Accepted weights by shard")
+    mode: MixtureMode | None = Field(default=None, description="How it routes; null: as the manifest says, or is to be chosen")
+    temperature: Positive = Field(default=1.0, description="By which the router's logits are divided")
+
+
+class MixtureCheck(WireDocument):
+    """Score a mixture on held-out clips, and the current one on the same rows."""
+
+    new: LentMixture = Field(description="The mixture that is about to be made")
+    current: LentMixture | None = Field(default=None, description="The current one; null: there is none to compare with")
+    router: BlobRef | None = Field(default=None, description="The run's router; null: it has one shard")
+    holdout: tuple[BlobRef, ...] = Field(max_length=MOST_SHARDS, description="Held-out clips of every shard, in order")
+    draw: Digest = Field(description="Fixes rows, noise and times")
+    seconds: Seconds = Field(description="Time that rows beyond the fewest may take")
+    choose: bool = Field(description="Choose mode and temperature by what is measured")
+
+
+class GalleryCheck(WireDocument):
+    """Sample the manifest's prompts from a mixture."""
+
+    mixture: BlobRef = Field(description="Its signed description, which only the borrower can fetch; its files are served to all")
+    real: bool = Field(default=False, description="Add the training clip that fits each prompt best")
+
+
 class CheckJob(WireDocument):
     """One check. The field that its kind needs is set."""
 
     id: Digest = Field(description="Names this loan; every borrower of a check gets another")
-    kind: OpenWord = Field(description="result, replay, router or router-report")
-    shard: ShardIndex = Field(description="Index of the shard; 0 for the router, which is of all shards")
-    epoch: int = Field(default=0, ge=0, le=10**9, description="Epoch of the result; 0 for the router")
+    kind: OpenWord = Field(description="result, replay, router, router-report, mixture or gallery")
+    shard: ShardIndex = Field(description="Index of the shard; 0 for what is of all shards")
+    epoch: int = Field(default=0, ge=0, le=10**9, description="Epoch of the result; 0 for what is of all shards")
     result: ResultCheck | None = Field(default=None, description="For the kind result")
     replay: ReplayCheck | None = Field(default=None, description="For the kind replay")
     router: BlobRef | None = Field(default=None, description="For the kind router-report: the weights to report on")
+    mixture: MixtureCheck | None = added(None, "For the kind mixture")
+    gallery: GalleryCheck | None = added(None, "For the kind gallery")
     until: Moment = Field(description="Until when it is lent, in Unix seconds; asking again prolongs it")
 
 
@@ -91,8 +125,10 @@ class CheckReport(WireDocument):
     outcome: Literal["done", "refused", "failed"] = Field(description="How it ended")
     check: CheckName | None = Field(default=None, description="The check that the result's files fail")
     text: Sentence = Field(default="", description="Why, in words")
-    parent: Rows = Field(default=(), description="Held-out losses of the parent, row by row; null: not a number")
-    averages: Rows = Field(default=(), description="Held-out losses of the result's published averages")
+    parent: Rows = Field(
+        default=(), description="Held-out losses of the parent, or of the current mixture, row by row; null: not a number"
+    )
+    averages: Rows = Field(default=(), description="Held-out losses of the result's published averages, or of the new mixture")
     raw: Rows = Field(default=(), description="Held-out losses of its raw parameters")
     losses: tuple[Loss, ...] = Field(default=(), max_length=MAX_STEPS, description="Training loss of each replayed step")
     drift: Drift | None = Field(default=None, description="Distance of the replayed end from the author's")
@@ -103,6 +139,9 @@ class CheckReport(WireDocument):
     accuracy: Share | None = Field(default=None, description="The router's accuracy on noisy clips that it was not trained on")
     accuracy_by_time: tuple[Share, ...] = Field(default=(), max_length=64, description="The same in equal bins of the time t")
     calibration_error: Share | None = Field(default=None, description="Its expected calibration error")
+    mode: MixtureMode | None = added(None, "The way of routing that was chosen for the new mixture")
+    temperature: Positive | None = added(None, "The temperature of the router's logits in that way")
+    pictures: BlobRef | None = added(None, "The sampled clips, a safetensors file")
     seconds: float = Field(ge=0, le=1e7, description="Duration of the check in seconds")
 
 

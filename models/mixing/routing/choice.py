@@ -48,6 +48,12 @@ def losses_of(evidence: RoutingEvidence, mode: Mode, temperature: float) -> Tens
     return torch.einsum("rj,rjk,rk->r", weights, gram, weights)
 
 
+def losses_known(evidence: RoutingEvidence, mode: Mode, temperature: float) -> tuple[float, ...]:
+    """As `losses_of`; where experts were not asked that the mode asks, the loss of the likeliest expert stands for it."""
+    hidden = not evidence.complete and mode not in ("top1", "top2")
+    return tuple(losses_of(evidence, *(("top1", 1.0) if hidden else (mode, temperature))).tolist())
+
+
 def choose_routing(evidence: RoutingEvidence, usual: Mode, choose: bool = True) -> RoutingChoice:
     """The way of routing, chosen on the rows of `evidence`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from lutetia.protocol.schema.canonical import Frozen
+from lutetia.protocol.schema.model.training_spec import MixtureMode
 from lutetia.protocol.schema.verdicts import CheckName
 
 
@@ -49,6 +50,45 @@ class RouterQuestion(Frozen):
     out: Path = Field(description="File for the trained weights")
     device: str = Field(description="cpu, mps or cuda:N")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+
+
+class MixtureQuestion(Frozen):
+    """Score a mixture on held-out clips, and the current one on the same rows."""
+
+    manifest: Path = Field(description="The signed manifest")
+    weights: dict[int, Path] = Field(description="Accepted weights by shard")
+    current: dict[int, Path] = Field(default={}, description="Those of the current mixture; none: there is none")
+    mode: MixtureMode | None = Field(default=None, description="How the current one routes; None: as the manifest says")
+    temperature: float = Field(default=1.0, description="By which the current one divides the router's logits")
+    router: Path | None = Field(default=None, description="The router's weights; None: the run has one shard")
+    holdout: tuple[Path, ...] = Field(description="The held-out clips of all shards, in order")
+    draw: str = Field(description="Fixes rows, noise and times")
+    seconds: float = Field(description="Time that rows beyond the fewest may take")
+    choose: bool = Field(description="Choose mode and temperature by what is measured")
+    device: str = Field(description="cpu, mps or cuda:N")
+    threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    base: dict[str, Path] | None = Field(default=None, description="Files of the base that the experts adapt, if they do")
+
+
+class MixtureFindings(Frozen):
+    """How the mixture routes, and losses row by row, None where they are no finite number."""
+
+    mode: MixtureMode = Field(description="The mode that was chosen")
+    temperature: float = Field(description="The temperature that was chosen")
+    averages: tuple[float | None, ...] = Field(description="Losses of the new mixture")
+    parent: tuple[float | None, ...] = Field(default=(), description="Losses of the current one")
+
+
+class GalleryQuestion(Frozen):
+    """Sample the manifest's prompts from a mixture."""
+
+    manifest: Path = Field(description="The signed manifest")
+    mixture: Path = Field(description="The mixture's folder")
+    train: tuple[Path, ...] = Field(default=(), description="The training data of all shards, to find fitting clips; or none")
+    out: Path = Field(description="File for the clips")
+    device: str = Field(description="cpu, mps or cuda:N")
+    threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
+    base: dict[str, Path] | None = Field(default=None, description="Files of the base that the experts adapt, if they do")
 
 
 class RouterFindings(Frozen):

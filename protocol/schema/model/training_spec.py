@@ -20,6 +20,9 @@ from lutetia.protocol.schema.fields import (
 from lutetia.protocol.schema.model.loss_weighting import LossWeighting
 from lutetia.protocol.schema.model.pipeline_spec import SchedulerSpec
 
+MixtureMode = Literal["top1", "top2", "full", "sticky"]
+"""Which experts a mixture asks at each step."""
+
 
 class TimeSampling(WireDocument):
     """How a training step draws its time: t = shift*s / (1 + (shift-1)*s), s = sigmoid(N(mean, std)).
@@ -66,7 +69,7 @@ class RouterSpec(WireDocument):
 class SamplingSpec(WireDocument):
     """How the mixture generates clips, in the gallery and by default."""
 
-    mode: Literal["top1", "top2", "full", "sticky"] = Field(
+    mode: MixtureMode = Field(
         default="top1", description="Experts asked per step: the likeliest, the two likeliest, all, or one drawn at the start"
     )
     steps: Count = Field(default=25, description="Denoising steps")
