@@ -144,10 +144,12 @@ async def costs_of(server: Server, run: MadeUpRun) -> dict[str, tuple[list[float
 def _routes(run: MadeUpRun, turn: int) -> dict[str, str]:
     """Path of each route; `{head}` is the number of events before the last."""
     paths = {
-        "run": "run", "shards": "shards?after={head}", "shards, whole": "shards", "shards/{index}": f"shards/{turn}",
+        "run": "run", "history": "history", "shards": "shards?after={head}", "shards, whole": "shards",
+        "shards/{index}, last 200": f"shards/{turn}?last=200", "shards/{index}, whole": f"shards/{turn}",
         "peers": "peers?limit=200", "peers/{peer}": f"peers/{run.people[turn].peer_id}", "metrics": "metrics?losses=false",
-        "gallery": "gallery", "checkpoints": f"checkpoints?shard={turn}", "events": "events?after={head}&limit=200",
-        "status": "status",
+        "metrics with losses": "metrics", "gallery": "gallery", "checkpoints": "checkpoints",
+        "checkpoints of a shard": f"checkpoints?shard={turn}", "mixtures": "mixtures",
+        "events": "events?after={head}&limit=500", "status": "status",
     }  # fmt: skip
     return {route: f"/api/v1/{path}" for route, path in paths.items()}
 

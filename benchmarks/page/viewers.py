@@ -113,30 +113,37 @@ class Viewer:
         raise ConnectionError("the event stream has ended")
 
     async def _read_all(self) -> None:
-        after = f"?after={self._head}" if self._head else ""
-        run, shards, *_ = await asyncio.gather(
-            self._get("run", "run"), self._get(f"shards{after}", "shards" if after else "shards, whole"),
-            self._get("peers?limit=200", "peers"), self._get("metrics?losses=false", "metrics"), self._get("gallery", "gallery"),
+        run, *_ = await asyncio.gather(
+            self._read_run(), self._get("peers?limit=200", "peers"), self._get("metrics?losses=false", "metrics"),
+            self._get("gallery", "gallery"),
         )  # fmt: skip
         if run:
-            head = json.loads(run)["events"]
-            page = head // 200 * 200
-            await self._get(f"events?after={page}&limit=200", "events")
+            page = json.loads(run)["events"] // 500 * 500
+            await self._get(f"events?after={page}&limit=500", "events")
 
-        if shards:
+    async def _read_run(self) -> bytes:
+        run = await self._get("run", "run")
+        if not self._head:
+            self._head = json.loads(await self._get("history", "history"))["events"]
+        if shards := await self._get(f"shards?after={self._head}", "shards"):
             self._head = json.loads(shards)["events"]
+        return run
 
     async def _get(self, path: str, route: str) -> bytes:
         return await self._browser.get(f"/api/v1/{path}", route)
 
 
 async def occasional(port: int, timings: Timings, peers: list[str], shards: int) -> None:
-    """Somebody who looks at the routes that the page reads on a click, one after the other, until cancelled."""
+    """Somebody who looks at the routes that the page reads on a click, and at those of scripts, one after the other."""
     browser, generator = Browser(port, "127.1.1.1", timings), random.Random(5)
     while True:
+        shard, peer = generator.randrange(shards), generator.choice(peers)
         for path, route in (
-            (f"shards/{generator.randrange(shards)}", "shards/{index}"), (f"peers/{generator.choice(peers)}", "peers/{peer}"),
-            (f"checkpoints?shard={generator.randrange(shards)}", "checkpoints"), ("status", "status"),
+            (f"shards/{shard}?last=200", "shards/{index}, last 200"), (f"shards/{shard}", "shards/{index}, whole"),
+            (f"peers/{peer}", "peers/{peer}"), (f"peers/{peer}/badge.svg", "peers/{peer}/badge.svg"),
+            (f"checkpoints?shard={shard}", "checkpoints of a shard"), ("checkpoints", "checkpoints"), ("status", "status"),
+            ("mixtures", "mixtures"), ("metrics", "metrics with losses"), ("shards", "shards, whole"),
         ):  # fmt: skip
             await browser.get(f"/api/v1/{path}", route)
             await asyncio.sleep(0.25)
+        await browser.get("/metrics", "/metrics")

@@ -231,6 +231,8 @@ def dropped_snapshot(state: RunState) -> Iterator[StallStatus]:
 def suspected_lineages(state: RunState) -> Iterator[StallStatus]:
     """The oldest accepted epoch of each shard that an audit found invalid, while it is not decided what becomes of it."""
     for index, shard in state.shards.items():
+        if not shard.suspects:
+            continue
         link = next((link for link in shard.lineage if link.acceptance.checkpoint in shard.suspects), None)
         if link is None:
             continue

@@ -280,26 +280,57 @@ def _node_status(
     now: float,
 ) -> NodeStatus:
     record = node.record
-    link = link_of(connections.get(_peer_id_of(record.owner)))
     peer = state.peer(record.owner)
     health, shard = _health(state, manifest, record, claims, now)
+    return _node_document(
+        record.owner,
+        record.state,
+        health,
+        record.hardware.device,
+        record.samples_per_second,
+        shard,
+        tuple(claim.record.shard for claim in claims) if len(claims) > 1 else (),
+        (peer.accepted, peer.rejected, peer.last_accepted),
+        record.issued,
+        link_of(connections.get(_peer_id_of(record.owner))),
+        record.software,
+        "" if record.owner in manifest.orders.hidden_names else record.name,
+    )
+
+
+@lru_cache(maxsize=4 * NODES_SHOWN)
+def _node_document(
+    owner: str,
+    state: str,
+    health: Health,
+    device: str,
+    samples_per_second: float,
+    shard: int | None,
+    shards: tuple[int, ...],
+    results: tuple[int, int, float | None],
+    last_seen: float,
+    link: Literal["direct", "relayed"] | None,
+    software: str,
+    name: str,
+) -> NodeStatus:
+    """The same document for the same facts: between two records of a node little changes, and making it takes time."""
     return NodeStatus(
-        owner=record.owner,
-        peer_id=_peer_id_of(record.owner),
-        state=record.state,
+        owner=owner,
+        peer_id=_peer_id_of(owner),
+        state=state,
         health=health,
-        device=record.hardware.device,
-        samples_per_second=record.samples_per_second,
+        device=device,
+        samples_per_second=samples_per_second,
         shard=shard,
-        shards=tuple(claim.record.shard for claim in claims) if len(claims) > 1 else (),
-        accepted=peer.accepted,
-        rejected=peer.rejected,
-        last_accepted=peer.last_accepted,
-        last_seen=record.issued,
+        shards=shards,
+        accepted=results[0],
+        rejected=results[1],
+        last_accepted=results[2],
+        last_seen=last_seen,
         relayed=link == "relayed",
         link=link,
-        software=record.software,
-        name="" if record.owner in manifest.orders.hidden_names else record.name,
+        software=software,
+        name=name,
     )
 
 

@@ -22,9 +22,11 @@ from lutetia.coordinator.ledger.status_builder import status as status_of
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api import views
 from lutetia.coordinator.web.api.documents import EventsPage
+from lutetia.coordinator.web.api.histories.columns import HistoryDocument, segment_of
+from lutetia.coordinator.web.api.histories.recent import last_results
 from lutetia.coordinator.web.api.history import History
 from lutetia.coordinator.web.api.pictures import GalleryDocument, gallery_document
-from lutetia.coordinator.web.api.routes import all_shards, disk_free, ticket_of
+from lutetia.coordinator.web.api.routes import disk_free, shards_after, some_shards, ticket_of
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.coordinator.web.frontend import BUILT
 from lutetia.protocol.schema.canonical import Frozen
@@ -137,15 +139,19 @@ def _fill(writer: _Writer, source: RunSource, history: History, status: SwarmSta
         status, source.manifest(), history, ticket_of(source), source.about, disk_free(source.folder.root)
     )  # fmt: skip
     writer.document("run", about)
-    shards = all_shards(source, status, history)
-    writer.document("shards", shards)
-    writer.document("metrics", views.series(status, history))
+    whole = segment_of(history, 0, history.events, {})
+    writer.document("history", HistoryDocument(events=history.events, segments=(whole,)))
+    writer.document("shards", shards_after(source, status, history, history.events))
+    shards = some_shards(source, status, history, lambda past: last_results(past, None, None))
+    for shard in shards:
+        writer.document(f"shards/{shard.status.shard}", shard)
+    writer.document("metrics", views.series(history))
     peers = views.peers_page(status, history, source.people(), health=None, offset=0, limit=PEERS)
     writer.document("peers", peers)
     for peer in peers.peers:
         writer.document(f"peers/{peer.owner}", views.peer_history(status, history, source.people(), peer.owner))
     _write_events(writer, source)
-    for shard in shards.shards:
+    for shard in shards:
         if shard.sheet:
             writer.copy(source.folder.sheets / f"{shard.status.shard:03d}.png", shard.sheet.lstrip("/"))
     stitches = _write_galleries(writer, source.folder, history, gallery_bytes)

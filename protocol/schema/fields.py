@@ -20,6 +20,7 @@ LONGEST_EXPLANATION = 400
 _LARGEST_COUNT = 10**15  # exact as a float, too: below 2**53
 _LARGEST_FLOAT32 = 1e39
 _NO_WORD = re.compile(r"[^A-Za-z0-9 ._,:;()+/@#*=%-]")
+_PLAIN_WORD = re.compile(r"[A-Za-z0-9 ._,:;()+/@#*=%-]{0,64}")
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -76,6 +77,8 @@ def word(text: str) -> str:
 
     No character among them is markup of a terminal, a page or a log.
     """
+    if _PLAIN_WORD.fullmatch(text):
+        return text
     letters = "".join(letter for letter in unicodedata.normalize("NFKD", text[:256]) if not unicodedata.combining(letter))
     return _NO_WORD.sub("?", letters)[:64]
 

@@ -10,7 +10,7 @@ import asyncio
 import gzip
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastapi import HTTPException
@@ -18,6 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from lutetia.coordinator.web.api.histories.pieces import Piece, gzip_of
 from lutetia.coordinator.web.connections import origin_of_host
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.transport.network_origin import quotas_of
@@ -110,6 +111,15 @@ class _Sending:
                 self.bytes -= len(data)
 
 
+@dataclass(frozen=True)
+class _Document:
+    """A rendered document: as it is (None: nobody has asked for that) and compressed (None: it is too small)."""
+
+    tag: str
+    plain: bytes | None
+    small: bytes | None
+
+
 class Answers:
     """Renders documents as JSON, once for each address and entity tag however many ask, and compresses them once.
 
@@ -120,28 +130,34 @@ class Answers:
 
     def __init__(self, limit: RequestLimit, clock: Callable[[], float] = time.thread_time) -> None:
         self._limit, self._clock, self._sending = limit, clock, _Sending()
-        self._kept: OrderedDict[str, tuple[str, bytes, bytes | None]] = OrderedDict()
+        self._kept: OrderedDict[str, _Document] = OrderedDict()
         self.kept_bytes = 0
         self._rendering = asyncio.Lock()
 
-    async def answer_large(self, request: Request, tag: str, build: Callable[[], Frozen]) -> Response:
-        """As `answer`, for a document of megabytes: they are rendered in a thread, one at a time, while others are answered."""
-        address = _address(request)
+    async def answer_pieces(self, request: Request, tag: str, build: Callable[[], Sequence[Piece] | None]) -> Response:
+        """As `answer`, for a document of megabytes. `build` makes its pieces; None: it made some and is to be called again.
+
+        Others are answered in between, and documents are made one at a time.
+        """
+        address, seconds = _address(request), 0.0
+        if _has(request, tag):
+            return Response(status_code=304, headers=_headers(tag))
         async with self._rendering:
             kept = self._kept.get(address)
-            if not _has(request, tag) and (kept is None or kept[0] != f'W/"{tag}"'):
-                began = self._clock()
-                document = build()
-                seconds = self._clock() - began
-                rendered, more = await asyncio.to_thread(self._timed, document)
-                self._keep(address, (f'W/"{tag}"', *rendered))
-                self._limit.charge(origin_of(request), seconds + more)
-        return self.answer(request, tag, build)
-
-    def _timed(self, document: Frozen) -> tuple[tuple[bytes, bytes | None], float]:
-        began = self._clock()
-        rendered = _render(document)
-        return rendered, self._clock() - began
+            if kept is None or kept.tag != tag:
+                pieces = None
+                while pieces is None:
+                    began = self._clock()
+                    pieces = build()
+                    small = gzip_of(pieces) if pieces is not None else b""
+                    seconds += self._clock() - began
+                    await asyncio.sleep(0)
+                kept = _Document(tag, None, small)
+            if kept.plain is None and not takes_gzip(request.headers.get("accept-encoding", "")):
+                kept = _Document(tag, await asyncio.to_thread(gzip.decompress, kept.small or b""), kept.small)
+            self._keep(address, kept)
+        self._limit.charge(origin_of(request), seconds)
+        return self._sent(request, kept)
 
     def answer(self, request: Request, tag: str, build: Callable[[], Frozen]) -> Response:
         """The document that `build` makes, or 304 if the client has it.
@@ -153,29 +169,28 @@ class Answers:
 
         Raises HTTPException 503: too much is being sent already.
         """
-        headers = {**SAFE, "ETag": f'W/"{tag}"', "Vary": "Accept-Encoding"}
         if _has(request, tag):
-            return Response(status_code=304, headers=headers)
-        tag = f'W/"{tag}"'
-        began = self._clock()
-        plain, small = self._rendered(_address(request), tag, build)
+            return Response(status_code=304, headers=_headers(tag))
+        began, address = self._clock(), _address(request)
+        kept = self._kept.get(address)
+        if kept is None or kept.tag != tag:
+            plain = build().model_dump_json().encode()
+            kept = _Document(tag, plain, gzip.compress(plain, 5, mtime=0) if len(plain) >= _COMPRESS_FROM else None)
+        self._keep(address, kept)
         self._limit.charge(origin_of(request), self._clock() - began)
-        data = plain
-        if small is not None and takes_gzip(request.headers.get("accept-encoding", "")):
-            data, headers["Content-Encoding"] = small, "gzip"
+        return self._sent(request, kept)
+
+    def _sent(self, request: Request, kept: _Document) -> Response:
+        headers, data = _headers(kept.tag), kept.plain
+        if kept.small is not None and takes_gzip(request.headers.get("accept-encoding", "")):
+            data, headers["Content-Encoding"] = kept.small, "gzip"
+        assert data is not None
         if not self._sending.fits(data):
             raise HTTPException(503, "too many clients read large documents; try again later", {"Retry-After": "30"})
         headers["Content-Length"] = str(len(data))
         return StreamingResponse(self._sending.pieces(data), media_type="application/json", headers=headers)
 
-    def _rendered(self, address: str, tag: str, build: Callable[[], Frozen]) -> tuple[bytes, bytes | None]:
-        kept = self._kept.get(address)
-        if kept is None or kept[0] != tag:
-            kept = tag, *_render(build())
-        self._keep(address, kept)
-        return kept[1], kept[2]
-
-    def _keep(self, address: str, kept: tuple[str, bytes, bytes | None]) -> None:
+    def _keep(self, address: str, kept: _Document) -> None:
         self.kept_bytes -= _size(self._kept.pop(address, None))
         self._kept[address] = kept
         self.kept_bytes += _size(kept)
@@ -183,10 +198,8 @@ class Answers:
             self.kept_bytes -= _size(self._kept.popitem(last=False)[1])
 
 
-def _render(document: Frozen) -> tuple[bytes, bytes | None]:
-    """The document as JSON, and compressed if that is worth it."""
-    plain = document.model_dump_json().encode()
-    return plain, gzip.compress(plain, 5, mtime=0) if len(plain) >= _COMPRESS_FROM else None
+def _headers(tag: str) -> dict[str, str]:
+    return {**SAFE, "ETag": f'W/"{tag}"', "Vary": "Accept-Encoding"}
 
 
 def _has(request: Request, tag: str) -> bool:
@@ -194,8 +207,8 @@ def _has(request: Request, tag: str) -> bool:
     return f'W/"{tag}"' in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]
 
 
-def _size(kept: tuple[str, bytes, bytes | None] | None) -> int:
-    return len(kept[1]) + len(kept[2] or b"") if kept else 0
+def _size(kept: _Document | None) -> int:
+    return len(kept.plain or b"") + len(kept.small or b"") if kept else 0
 
 
 def _address(request: Request) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -36,6 +36,7 @@ from lutetia.coordinator.web.api.documents import (
 from lutetia.protocol.schema.records import AcceptanceRecord
 
 T = TypeVar("T")
+HOUR = 3600.0
 RECENT = 200
 """Entries of each list that are kept for one author."""
 
@@ -82,6 +83,10 @@ class History:
     """Samples of all accepted results, void ones included."""
     routers: list[RouterPoint] = field(default_factory=list)
     mixtures: list[MixturePoint] = field(default_factory=list)
+    voids: list[tuple[int, int]] = field(default_factory=list)
+    """Numbers of the events that made results void, each with the number of the event that had accepted the result."""
+    hours: Annotated[dict[int, tuple[int, int]], AsPairs()] = field(default_factory=dict)
+    """Hour (Unix seconds / 3600) -> samples and number of the results that were accepted in it and are not void."""
     _before: Annotated[dict[tuple[int, int], int], AsPairs()] = field(default_factory=dict)
     """(shard, epoch) -> samples of the shard up to that accepted epoch, in the present lineage."""
 
@@ -149,6 +154,7 @@ class History:
         self.weights_bytes += given.weights.size
         self.trained += point.trained
         self.shard(given.shard).accepted.append(point)
+        self._work(point, 1)
         author = self.author(given.author)
         author.samples, author.accepted, author.last_accepted = author.samples + point.trained, author.accepted + 1, time
         _keep(author.points, point)
@@ -163,10 +169,17 @@ class History:
             if point.epoch <= epoch:
                 break
             accepted[place] = void = point.model_copy(update={"void": True, "void_event": number})
+            self.voids.append((number, point.event))
+            self._work(point, -1)
             author = self.author(point.author)
             author.samples, author.accepted, author.void = author.samples - point.trained, author.accepted - 1, author.void + 1
             author.points[:] = [void if kept.event == void.event else kept for kept in author.points]
             self._before.pop((index, point.epoch), None)
+
+    def _work(self, point: AcceptedPoint, count: int) -> None:
+        """Count the result in its hour, or with -1 no more."""
+        samples, results = self.hours.get(int(point.time // HOUR), (0, 0))
+        self.hours[int(point.time // HOUR)] = samples + count * point.trained, results + count
 
     def _refuse(self, number: int, event: ResultRefused) -> None:
         if event.again_at is not None:
@@ -183,10 +196,16 @@ class History:
         _keep(author.refused, point)
 
 
-def samples_per_second(points: Iterable[AcceptedPoint], now: float, window: float) -> float:
+def lately(points: Sequence[AcceptedPoint], since: float) -> list[AcceptedPoint]:
+    """The results after `since` (Unix seconds), oldest first; `points` are in the order of time."""
+    count = next((number for number, point in enumerate(reversed(points)) if point.time <= since), len(points))
+    return list(points[len(points) - count :])
+
+
+def samples_per_second(shards: Iterable[Sequence[AcceptedPoint]], now: float, window: float) -> float:
     """Samples that were accepted per second during the last `window` seconds up to `now` (Unix seconds)."""
-    counted = sum(point.trained for point in points if not point.void and now - window < point.time <= now)
-    return counted / window
+    recent = (point for points in shards for point in lately(points, now - window))
+    return sum(point.trained for point in recent if not point.void and point.time <= now) / window
 
 
 def seconds_left(remaining: Mapping[int, int], rates: Mapping[int, float]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,14 +28,18 @@ from lutetia.coordinator.web.api.documents import (
     ShardsDocument,
 )
 from lutetia.coordinator.web.api.event_stream import EventStreams, last_event
-from lutetia.coordinator.web.api.history import History
+from lutetia.coordinator.web.api.histories.columns import HistoryColumns, HistoryDocument
+from lutetia.coordinator.web.api.histories.recent import NONE, Results, is_recent, last_results, results_after
+from lutetia.coordinator.web.api.histories.whole import WholeHistories
+from lutetia.coordinator.web.api.history import History, ShardHistory
 from lutetia.coordinator.web.api.pictures import add_pictures, shards_with_sheets
-from lutetia.coordinator.web.api.recent import WHOLE_SECONDS, is_recent, only_after
 from lutetia.coordinator.web.api.source import RunSource
 from lutetia.protocol.schema.status import SwarmStatus
 
 _LARGEST = 2**53
 MOST_EVENTS = 1000
+WHOLE_SECONDS = 10.0
+"""The state of shards in whole histories is taken again after so long, and after each event."""
 Cursor = Annotated[int, Query(ge=0, le=_LARGEST)]
 Limit = Annotated[int, Query(ge=1, le=MOST_EVENTS)]
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -48,6 +53,7 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     """The routes that show `source`; `limit` counts the requests of each origin."""
     requests = limit or RequestLimit(time.monotonic)
     answers, streams = Answers(requests), EventStreams(source, requests)
+    columns, whole = HistoryColumns(), WholeHistories()
 
     async def within_limit(request: Request) -> None:
         if not requests.take(origin_of(request)):
@@ -80,25 +86,36 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     async def shards(request: Request, after: Cursor = 0) -> Response:
         """All shards with their histories; with `after`, only what came after that event of the ledger, if it is recent.
 
-        Whole histories are megabytes in a long run, and up to ten seconds old: read them once, then what came after.
+        Whole histories are megabytes in a long run, and up to ten seconds old: read `history` once, then what came after.
         """
         history, status = await source.up_to_date(), source.status()
         if is_recent(after, history):
-            return answers.answer(
-                request, live_tag(status),
-                lambda: only_after(all_shards(source, status, history), history, after),
-            )  # fmt: skip
+            return answers.answer(request, live_tag(status), lambda: shards_after(source, status, history, after))
         tag = f"{source.tag()}-{int(status.time / WHOLE_SECONDS)}"
-        return await answers.answer_large(request, tag, lambda: all_shards(source, status, history))
+        empty = some_shards(source, status, history, lambda past: NONE)
+        return await answers.answer_pieces(request, tag, lambda: whole.shards(empty, history))
+
+    @router.get("/history", response_model=HistoryDocument)
+    async def all_results(request: Request) -> Response:
+        """All results of all shards in few bytes, as columns, without digests and reasons: for drawing."""
+        history = await source.up_to_date()
+        return await answers.answer_pieces(request, source.tag(), lambda: columns.document(history))
 
     @router.get("/shards/{index}", response_model=ShardDocument, responses=_MISSING)
-    async def shard(request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)]) -> Response:
-        """One shard with its history."""
+    async def shard(
+        request: Request, index: Annotated[int, PathParameter(ge=0, le=_LARGEST)],
+        before: Annotated[int | None, Query(ge=0, le=_LARGEST)] = None,
+        last: Annotated[int | None, Query(ge=1, le=MOST_EVENTS)] = None,
+    ) -> Response:  # fmt: skip
+        """One shard with its history; with `before` and `last`, only that many results of each kind before an event."""
         history, status = await source.up_to_date(), source.status()
-        found = some_shards(source, status, history, index)
-        if not found:
+        if index >= len(status.shards):
             raise HTTPException(404, f"the run has no shard {index}")
-        return answers.answer(request, live_tag(status), lambda: found[0])
+
+        def results(past: ShardHistory) -> Results:
+            return last_results(past, before, last)
+
+        return answers.answer(request, live_tag(status), lambda: some_shards(source, status, history, results, index)[0])
 
     @router.get("/peers", response_model=PeersPage)
     async def peers(
@@ -174,22 +191,29 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
     async def metrics(request: Request, losses: bool = True) -> Response:
         """Curves: held-out loss of each shard against samples, router accuracy by time bin, throughput by the hour."""
         history, status = await source.up_to_date(), source.status()
-        return await answers.answer_large(request, source.tag(), lambda: views.series(status, history, losses))
+        if not losses:
+            return answers.answer(request, source.tag(), lambda: views.series(history))
+        return await answers.answer_pieces(request, source.tag(), lambda: whole.curves(status, history, views.series(history)))
 
     add_pictures(router, source, answers)
     return router
 
 
-def all_shards(source: RunSource, status: SwarmStatus, history: History) -> ShardsDocument:
-    """All shards, with their contact sheets."""
-    return ShardsDocument(events=history.events, shards=tuple(some_shards(source, status, history)))
+def shards_after(source: RunSource, status: SwarmStatus, history: History, after: int) -> ShardsDocument:
+    """All shards with what came after event `after`."""
+    shards = some_shards(source, status, history, lambda past: results_after(past, after))
+    return ShardsDocument(events=history.events, shards=tuple(shards))
 
 
-def some_shards(source: RunSource, status: SwarmStatus, history: History, index: int | None = None) -> list[ShardDocument]:
-    """All shards, or the one with `index`."""
-    return views.shard_documents(
-        status, source.manifest(), history, index, shards_with_sheets(source.folder), source.ledger.state.flops
-    )
+def some_shards(
+    source: RunSource, status: SwarmStatus, history: History, results: Callable[[ShardHistory], Results], index: int | None = None
+) -> list[ShardDocument]:
+    """All shards, or the one with `index`, with those results of each that `results` chooses."""
+    manifest, sheets, flops = source.manifest(), shards_with_sheets(source.folder), source.ledger.state.flops
+    return [
+        views.shard_document(shard, manifest, past := history.shard(shard.shard), results(past), sheets, flops)
+        for shard in (status.shards if index is None else status.shards[index : index + 1])
+    ]
 
 
 def ticket_of(source: RunSource) -> str:

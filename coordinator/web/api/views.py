@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from lutetia.coordinator.ledger.log import LedgerRow
 from lutetia.coordinator.mixtures.archive import find_description
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.documents import (
-    AcceptedPoint,
     Arrival,
     CheckpointsPage,
     EventLine,
@@ -31,15 +29,23 @@ from lutetia.coordinator.web.api.documents import (
     ShardDocument,
     ThroughputBin,
 )
-from lutetia.coordinator.web.api.history import AuthorHistory, History, samples_per_second, seconds_left
+from lutetia.coordinator.web.api.histories.recent import Results, newest_before
+from lutetia.coordinator.web.api.history import (
+    HOUR,
+    AuthorHistory,
+    History,
+    ShardHistory,
+    lately,
+    samples_per_second,
+    seconds_left,
+)
 from lutetia.coordinator.web.api.people import People
 from lutetia.models.mixing.description import SignedMixture
-from lutetia.protocol.schema.identity import peer_id_of
+from lutetia.protocol.schema.identity import peer_id_of, public_key_of
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.status import SwarmStatus
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus
 from lutetia.system.errors import LutetiaError
 
-HOUR = 3600.0
 _DAY = 24 * HOUR
 _PACE_WINDOW = 6 * HOUR
 _LAST_MIXTURES = 1000
@@ -49,7 +55,7 @@ _LEAST_DISK = 1 << 30
 def run_document(
     status: SwarmStatus, manifest: Manifest, history: History, ticket: str, about: str = "", disk_free: int | None = None
 ) -> RunDocument:
-    points = [point for shard in history.shards.values() for point in shard.accepted]
+    results = [shard.accepted for shard in history.shards.values()]
     state = (
         "finished"
         if status.finished
@@ -66,7 +72,7 @@ def run_document(
         manifest_version=status.manifest_version, created=manifest.created, expires=manifest.expires, time=status.time,
         state=state, experts=len(status.shards), samples=sum(shard.samples for shard in status.shards),
         samples_budget=sum(shard.samples_budget for shard in status.shards),
-        samples_per_second=samples_per_second(points, status.time, HOUR), arrival=arrival(status, history),
+        samples_per_second=samples_per_second(results, status.time, HOUR), arrival=arrival(status, history),
         peers_working=sum(node.health == "working" for node in status.nodes),
         peers_online=len(status.nodes) + status.nodes_not_shown,
         peers_day=sum((author.last_accepted or 0.0) > status.time - _DAY for author in history.authors.values()),
@@ -99,8 +105,7 @@ def arrival(status: SwarmStatus, history: History) -> Arrival:
     rates: dict[int, float] = {}
     window = 0.0
     for shard in status.shards:
-        points = [point for point in history.shard(shard.shard).accepted if not point.void]
-        recent = [point for point in points if point.time > status.time - _PACE_WINDOW]
+        recent = [point for point in lately(history.shard(shard.shard).accepted, status.time - _PACE_WINDOW) if not point.void]
         since = min((point.time for point in recent), default=status.time)
         if len(recent) > 1 and status.time > since:
             rates[shard.shard] = sum(point.trained for point in recent[1:]) / (status.time - since)
@@ -113,24 +118,19 @@ def arrival(status: SwarmStatus, history: History) -> Arrival:
     return Arrival(seconds=seconds, basis=f"the slowest expert's accepted samples of the last {window / 60:.0f} minutes")
 
 
-def shard_documents(
-    status: SwarmStatus, manifest: Manifest, history: History, index: int | None = None, sheets: Collection[int] = (),
+def shard_document(
+    status: ShardStatus, manifest: Manifest, past: ShardHistory, results: Results, sheets: Collection[int] = (),
     flops: Sequence[int] = (),
-) -> list[ShardDocument]:  # fmt: skip
-    """All shards, or the one with `index`. `sheets`: those that have a contact sheet. `flops`: of one sample, by shard."""
-    documents = []
-    for shard in status.shards:
-        if index in (None, shard.shard):
-            spec, past = manifest.shards[shard.shard], history.shard(shard.shard)
-            documents.append(
-                ShardDocument(
-                    status=shard, clips=spec.clips, prior=spec.prior, expert=manifest.expert_of(shard.shard).class_name,
-                    initial_loss=past.initial_loss, accepted=tuple(past.accepted), refused=tuple(past.refused),
-                    sheet=f"/api/v1/shards/{shard.shard}/sheet.png" if shard.shard in sheets else None,
-                    flops=flops[shard.shard] if shard.shard < len(flops) else None,
-                )
-            )  # fmt: skip
-    return documents
+) -> ShardDocument:  # fmt: skip
+    """One shard with `results` of its history. `sheets`: those that have a contact sheet. `flops`: of one sample, by shard."""
+    index = status.shard
+    spec, (accepted, refused, whole) = manifest.shards[index], results
+    return ShardDocument(
+        status=status, clips=spec.clips, prior=spec.prior, expert=manifest.expert_of(index).class_name,
+        initial_loss=past.initial_loss, accepted=tuple(accepted), refused=tuple(refused), whole=whole,
+        sheet=f"/api/v1/shards/{index}/sheet.png" if index in sheets else None,
+        flops=flops[index] if index < len(flops) else None,
+    )  # fmt: skip
 
 
 def peers_page(
@@ -142,33 +142,30 @@ def peers_page(
     if health is not None:
         owners = {owner for owner in owners if owner in nodes and nodes[owner].health == health}
     ranked = sorted(owners, key=lambda owner: (-_past(history, owner).samples, owner))
-    shown = tuple(peer_document(status, history, people, owner) for owner in ranked[offset : offset + limit])
+    shown = tuple(
+        PeerDocument(**_peer(status, history, people, owner, nodes.get(owner))) for owner in ranked[offset : offset + limit]
+    )
     return PeersPage(total=len(ranked), peers=shown)
 
 
 def find_owner(status: SwarmStatus, history: History, people: People, wanted: str) -> str | None:
     """The public key of the peer with this public key or peer id."""
-    for owner in (*(node.owner for node in status.nodes), *history.authors, *people.run.credit):
-        if wanted in (owner, peer_id_of(owner)):
-            return owner
-    return None
-
-
-def peer_document(status: SwarmStatus, history: History, people: People, owner: str) -> PeerDocument:
-    return PeerDocument(**_peer(status, history, people, owner))
+    owner = public_key_of(wanted) or wanted
+    known = owner in history.authors or owner in people.run.credit or any(node.owner == owner for node in status.nodes)
+    return owner if known else None
 
 
 def peer_history(status: SwarmStatus, history: History, people: People, owner: str) -> PeerHistoryDocument:
     past = _past(history, owner)
+    node = next((node for node in status.nodes if node.owner == owner), None)
     return PeerHistoryDocument(
-        **_peer(status, history, people, owner), points=tuple(past.points), refused=tuple(past.refused),
+        **_peer(status, history, people, owner, node), points=tuple(past.points), refused=tuple(past.refused),
         superseded=tuple(past.superseded), audits=tuple(past.audits),
     )  # fmt: skip
 
 
-def _peer(status: SwarmStatus, history: History, people: People, owner: str) -> dict[str, Any]:
+def _peer(status: SwarmStatus, history: History, people: People, owner: str, node: NodeStatus | None) -> dict[str, Any]:
     past = _past(history, owner)
-    node = next((node for node in status.nodes if node.owner == owner), None)
     return {
         "owner": owner, "peer_id": peer_id_of(owner), "name": node.name if node else people.name(owner),
         "credit": people.credit(owner, status.time), "node": node, "samples": past.samples, "accepted": past.accepted,
@@ -183,7 +180,7 @@ def _past(history: History, owner: str) -> AuthorHistory:
 
 def checkpoints_page(history: History, *, shard: int | None, before: int | None, limit: int) -> CheckpointsPage:
     shards = history.shards.values() if shard is None else [history.shard(shard)] if shard in history.shards else []
-    points = [point for each in shards for point in each.accepted if before is None or point.event < before]
+    points = [point for each in shards for point in newest_before(each.accepted, before, limit + 1)]
     points.sort(key=lambda point: -point.event)
     shown = tuple(points[:limit])
     return CheckpointsPage(checkpoints=shown, next=shown[-1].event if len(points) > limit else None)
@@ -223,28 +220,8 @@ def mixtures_page(history: History, current: str | None, *, before: int | None, 
     return MixturesPage(mixtures=shown, current=current, next=shown[-1].event if len(points) > limit else None)
 
 
-def series(status: SwarmStatus, history: History, with_losses: bool = True) -> SeriesDocument:
+def series(history: History, losses: Sequence[LossSeries] = ()) -> SeriesDocument:
     """The run's curves; those of the shards can be left out, for who reads their histories anyway."""
-    losses = []
-    for shard in status.shards if with_losses else ():
-        points = [point for point in history.shard(shard.shard).accepted if not point.void]
-        losses.append(
-            LossSeries(
-                shard=shard.shard, name=shard.name, events=tuple(point.event for point in points),
-                times=tuple(point.time for point in points), samples=tuple(point.samples for point in points),
-                losses=tuple(point.loss for point in points),
-            )
-        )  # fmt: skip
-    every = [point for shard in history.shards.values() for point in shard.accepted]
-    return SeriesDocument(losses=tuple(losses), routers=tuple(history.routers), throughput=_throughput(every))
-
-
-def _throughput(points: Sequence[AcceptedPoint]) -> tuple[ThroughputBin, ...]:
-    samples: Counter[int] = Counter()
-    results: Counter[int] = Counter()
-    for point in points:
-        if not point.void:
-            hour = int(point.time // HOUR)
-            samples[hour] += point.trained
-            results[hour] += 1
-    return tuple(ThroughputBin(time=hour * HOUR, samples=samples[hour], results=results[hour]) for hour in sorted(results))
+    work = sorted((hour, found) for hour, found in history.hours.items() if found[1])
+    throughput = tuple(ThroughputBin(time=hour * HOUR, samples=samples, results=results) for hour, (samples, results) in work)
+    return SeriesDocument(losses=tuple(losses), routers=tuple(history.routers), throughput=throughput)

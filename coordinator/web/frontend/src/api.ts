@@ -1,12 +1,12 @@
 /** What the coordinator serves below /api/v1, and how this page reads it. Times are Unix seconds. */
 
+/** Of results that came before the page was opened, what is optional is read when somebody looks at their expert. */
 export interface Accepted {
-  event: number; time: number; shard: number; epoch: number; samples: number; trained: number; loss: number
-  parent_loss: number | null; author: string; checkpoint: string; weights: string; weights_size: number; note: string; void: boolean
-  void_event: number | null
+  event: number; time: number; shard: number; epoch: number; samples: number; trained: number; loss: number; author: string
+  weights_size: number; void: boolean; void_event: number | null; weights?: string; note?: string
 }
 export interface Refused {
-  event: number; time: number; shard: number; epoch: number; owner: string; checkpoint: string; verdict: string; check: string; text: string
+  event: number; time: number; shard: number; epoch: number; checkpoint: string; check: string; owner?: string; verdict?: string; text?: string
 }
 export interface Stall { kind: string; shard: number | null; epoch: number | null; owner: string | null; since: number; why: string; remedy: string }
 export interface Run {
@@ -27,6 +27,13 @@ export interface Shard {
   sheet: string | null; whole: boolean; flops: number | null
 }
 export interface Shards { events: number; shards: Shard[] }
+/** All results, as columns of numbers; see the API's description. */
+interface Columns { event: number[]; time: number[]; shard: number[]; epoch: number[] }
+interface Segment {
+  authors: string[]; voids: [number, number][]; refused: Columns & { checkpoint: string[]; check: string[] }
+  accepted: Columns & { samples: number[]; trained: number[]; loss: number[]; author: number[]; weights_size: number[] }
+}
+export interface History { events: number; segments: Segment[] }
 export interface Node { state: string; health: string; device: string; samples_per_second: number; shard: number | null; software: string; link: string | null }
 export interface Peer {
   owner: string; peer_id: string; node: Node | null; samples: number; accepted: number; void: number; invalid: number
@@ -88,34 +95,74 @@ export function linked(url: string): string {
 
 const PEERS_SHOWN = 200
 const REFUSED_SHOWN = 200
+/** Digits of a result's digest that tell it from others. */
+const DIGITS = 12
+/** Who has not read for more events reads everything again; the coordinator sends what came after so many. */
+const RECENT_EVENTS = 1500
 let kept: Everything | null = null
 let histories: Shards | null = null
 
-/** What is known of the shards, and what came after it: whole histories are megabytes in a long run. */
-export function together(known: Shards | null, found: Shards): Shards {
-  if (!known) return found
+/** The results of each shard as the columns tell them. */
+export function unfold(history: History): Map<number, Pick<Shard, 'accepted' | 'refused'>> {
+  const shards = new Map<number, Pick<Shard, 'accepted' | 'refused'>>()
+  const of = (index: number) => {
+    const found = shards.get(index) ?? { accepted: [], refused: [] }
+    shards.set(index, found)
+    return found
+  }
+  const authors: string[] = []
+  const points = new Map<number, Accepted>()
+  for (const { authors: more, accepted: a, refused: r, voids } of history.segments) {
+    authors.push(...more)
+    a.event.forEach((event, i) => {
+      const point = { event, time: a.time[i]!, shard: a.shard[i]!, epoch: a.epoch[i]!, samples: a.samples[i]!, trained: a.trained[i]!, loss: a.loss[i]!, author: authors[a.author[i]!]!, weights_size: a.weights_size[i]!, void: false, void_event: null }
+      points.set(event, point)
+      of(point.shard).accepted.push(point)
+    })
+    r.event.forEach((event, i) => of(r.shard[i]!).refused.push({ event, time: r.time[i]!, shard: r.shard[i]!, epoch: r.epoch[i]!, checkpoint: r.checkpoint[i]!, check: r.check[i]! }))
+    for (const [by, event] of voids) Object.assign(points.get(event)!, { void: true, void_event: by })
+  }
+  return shards
+}
+
+/** What is known of the shards, and what came after it. */
+export function together(known: Shards, found: Shards): Shards {
   const shards = found.shards.map((shard, i) => {
     const before = known.shards[i]
-    if (shard.whole || !before) return shard
-    return { ...shard, whole: true, accepted: [...before.accepted, ...shard.accepted], refused: [...before.refused, ...shard.refused].slice(-REFUSED_SHOWN) }
+    const refused = shard.refused.map((point) => ({ ...point, checkpoint: point.checkpoint.slice(0, DIGITS) }))
+    if (shard.whole || !before) return { ...shard, refused }
+    return { ...shard, whole: true, accepted: [...before.accepted, ...shard.accepted], refused: [...before.refused, ...refused].slice(-REFUSED_SHOWN) }
   })
   return { events: found.events, shards }
 }
 
-async function readShards(): Promise<Shards> {
-  const known = histories
-  histories = together(known, await get<Shards>(known && !exported ? `shards?after=${known.events}` : 'shards'))
+async function readShards(head: number): Promise<Shards> {
+  if (histories && (exported || head - histories.events < RECENT_EVENTS)) {
+    histories = together(histories, await get<Shards>(`shards?after=${histories.events}`))
+    return histories
+  }
+  const history = await get<History>('history')
+  const of = unfold(history)
+  const found = await get<Shards>(`shards?after=${history.events}`)
+  const known = found.shards.map((shard) => ({ ...shard, ...(of.get(shard.status.shard) ?? { accepted: [], refused: [] }) }))
+  histories = together({ events: history.events, shards: known }, found)
   return histories
 }
 
 export async function readAll(): Promise<Everything> {
   if (exported && kept) return kept
+  const asked = get<Run>('run')
   const [run, shards, peers, series, pictures] = await Promise.all([
-    get<Run>('run'), readShards(), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
+    asked, asked.then((found) => readShards(found.events)), get<{ total: number; peers: Peer[] }>(`peers?limit=${PEERS_SHOWN}`),
     get<Series>('metrics?losses=false'), get<Pictures>('gallery'),
   ])
   kept = { run, shards: shards.shards, peers: peers.peers, peersTotal: peers.total, series, pictures }
   return kept
+}
+
+/** One expert with its last results before an event, and all that is known of them. */
+export function readShard(index: number, before: number): Promise<Shard> {
+  return get<Shard>(`shards/${index}?before=${before}&last=${REFUSED_SHOWN}`)
 }
 
 /** The public key of a peer that is named by its peer id, as an export, which has no server to look it up, knows it. */

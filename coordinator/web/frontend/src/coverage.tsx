@@ -1,11 +1,13 @@
-import { useState } from 'preact/hooks'
-import { exported, linked, type Accepted, type Shard } from './api'
+import { useEffect, useState } from 'preact/hooks'
+import { exported, linked, readShard, type Accepted, type Refused, type Shard } from './api'
 import { ago, count, expert, hue, short, span } from './format'
 import { Curve } from './curves'
 import { last, pace, type Moment } from './past'
 
 const WIDTH = 1000
 const ROW = 22
+const SETTLE_MILLISECONDS = 150
+/** While the time machine's slider moves, nothing is asked for. */
 const MOST_BARS = 300
 /** Of one expert; with more results, each bar stands for several. */
 
@@ -27,14 +29,14 @@ export function Coverage({ moment, since }: { moment: Moment; since: number }) {
       <table class="coverage">
         <thead><tr><th scope="col">expert</th><th scope="col">epochs</th><th scope="col">held-out loss</th><th scope="col">last</th><th scope="col" class="wide">time</th></tr></thead>
         <tbody>
-          {moment.shards.map((shard) => <Row key={shard.status.shard} shard={shard} x={x} until={until} now={moment.now} present={moment.present} of={moment.shards.length} open={open === shard.status.shard} toggle={() => setOpen(open === shard.status.shard ? null : shard.status.shard)} />)}
+          {moment.shards.map((shard) => <Row key={shard.status.shard} shard={shard} x={x} until={until} now={moment.now} event={moment.event} present={moment.present} of={moment.shards.length} open={open === shard.status.shard} toggle={() => setOpen(open === shard.status.shard ? null : shard.status.shard)} />)}
         </tbody>
       </table>
     </section>
   )
 }
 
-function Row({ shard, x, until, now, present, of, open, toggle }: { shard: Shard; x: (t: number) => number; until: number; now: number; present: boolean; of: number; open: boolean; toggle: () => void }) {
+function Row({ shard, x, until, now, event, present, of, open, toggle }: { shard: Shard; x: (t: number) => number; until: number; now: number; event: number; present: boolean; of: number; open: boolean; toggle: () => void }) {
   const { status, accepted, refused } = shard
   const newest = last(accepted)
   const authors = [...new Set(accepted.map((point) => point.author))]
@@ -65,14 +67,34 @@ function Row({ shard, x, until, now, present, of, open, toggle }: { shard: Shard
           </svg>
         </td>
       </tr>
-      {open && <tr><td colSpan={5}><Lineage shard={shard} now={now} of={of} present={present} /></td></tr>}
+      {open && <tr><td colSpan={5}><Lineage shard={shard} now={now} until={event} of={of} present={present} /></td></tr>}
     </>
   )
 }
 
-function Lineage({ shard, now, of, present }: { shard: Shard; now: number; of: number; present: boolean }) {
+/** What the columns do not tell of the expert's last results before an event: their digests, notes and reasons, by event. */
+function useDetails(shard: Shard, until: number) {
+  const [details, setDetails] = useState(new Map<number, Accepted | Refused>())
+  const newest = Math.max(shard.accepted.at(-1)?.event ?? 0, shard.refused.at(-1)?.event ?? 0)
+  useEffect(() => {
+    let ended = false
+    const timer = setTimeout(() => {
+      readShard(shard.status.shard, until + 1).then((found) => {
+        if (!ended) setDetails(new Map([...found.accepted, ...found.refused].map((point) => [point.event, point])))
+      }, () => {}) // the page says itself when there is no connection, and the next event asks again
+    }, SETTLE_MILLISECONDS)
+    return () => { ended = true; clearTimeout(timer) }
+  }, [shard.status.shard, newest])
+  return {
+    of: (point: Accepted): Accepted => ({ ...(details.get(point.event) as Accepted | undefined), ...point }),
+    refused: (point: Refused): Refused => ({ ...(details.get(point.event) as Refused | undefined), ...point }),
+  }
+}
+
+function Lineage({ shard, now, until, of, present }: { shard: Shard; now: number; until: number; of: number; present: boolean }) {
   const { copies, audit, owner, state } = shard.status
-  const points = [...shard.accepted].reverse().slice(0, 50)
+  const details = useDetails(shard, until)
+  const points = [...shard.accepted].reverse().slice(0, 50).map(details.of)
   return (
     <div class="lineage">
       <p class="soft">{count(shard.clips)} training clips ({(100 * shard.prior).toFixed(0)} % of all), {shard.expert}. Before any training the held-out loss was {shard.initial_loss === null ? 'not measured yet' : shard.initial_loss.toFixed(4)}.</p>
@@ -93,7 +115,7 @@ function Lineage({ shard, now, of, present }: { shard: Shard; now: number; of: n
             {points.map((point) => (
               <tr key={point.event} class={point.void ? 'void' : ''}>
                 <td class="n">{point.epoch}</td><td class="n">{point.loss.toFixed(4)}</td><td><a href={`#peer=${point.author}`}><code>{short(point.author)}</code></a></td>
-                <td class="n">{ago(point.time, now)}</td><td>{exported ? <code>{short(point.weights)}</code> : <a href={`blobs/${point.weights}`}><code>{short(point.weights)}</code></a>}</td><td>{point.void ? 'rolled back' : point.note}</td>
+                <td class="n">{ago(point.time, now)}</td><td>{point.weights === undefined ? '…' : exported ? <code>{short(point.weights)}</code> : <a href={`blobs/${point.weights}`}><code>{short(point.weights)}</code></a>}</td><td>{point.void ? 'rolled back' : point.note}</td>
               </tr>
             ))}
           </tbody>
@@ -101,7 +123,7 @@ function Lineage({ shard, now, of, present }: { shard: Shard; now: number; of: n
       </div>
       {shard.refused.length > 0 && (
         <details><summary>{shard.refused.length} refused results</summary>
-          <ul>{[...shard.refused].reverse().map((point) => <li key={point.event}>epoch {point.epoch} of <code>{short(point.owner)}</code>, {point.verdict} at {point.check}: <span dir="auto">{point.text}</span></li>)}</ul>
+          <ul>{[...shard.refused].reverse().map(details.refused).map((point) => <li key={point.event}>epoch {point.epoch}{point.owner && <> of <code>{short(point.owner)}</code></>}, {point.verdict ?? 'refused'} at {point.check}: <span dir="auto">{point.text ?? '…'}</span></li>)}</ul>
         </details>
       )}
     </div>

@@ -154,6 +154,10 @@ async def test_gallery_plays_every_mixture_beside_a_real_clip(tmp_path: Path) ->
         await page.get_by_label("play clips").uncheck()
         await expect(page.locator(".film canvas").first).to_have_js_property("width", 48)
         await page.locator(".row").first.click()
+        await expect(page.locator(".lineage a[href^='blobs/']")).to_have_count(2)  # read when it is opened
+        await page.get_by_text("1 refused results").click()
+        await expect(page.locator(".lineage")).to_contain_text(f"epoch 2 of {PEERS[2].public_key[:8]}, invalid at")
+        await expect(page.locator(".lineage")).to_contain_text(HOSTILE)
         await expect(page.locator(".sheet").first).to_have_js_property("naturalWidth", 96)
         assert not wrong
 
