@@ -122,6 +122,12 @@ def current_epoch(status: Mapping[str, Any]) -> int:
     return min(status["epochs"], status["epoch"] + status["pending"] + 1)
 
 
+def expert_of(status: Mapping[str, Any]) -> str:
+    """The shard that a device or node works on, and its lane, in words."""
+    name, lane = f"expert {status['shard']} {status['shard_name'] or ''}".strip(), status.get("lane")
+    return name if lane is None else f"{name}, lane {lane}"
+
+
 def training_line(status: Mapping[str, Any], now: float) -> str:
     """Expert, epoch, step, loss, rate and time left of a training node in one line; empty while it does not train."""
     step, steps = status["step"], status["steps"]
@@ -129,7 +135,7 @@ def training_line(status: Mapping[str, Any], now: float) -> str:
         return ""
     epoch = current_epoch(status)
     parts = [
-        f"expert {status['shard']} {status['shard_name'] or ''}".strip(),
+        expert_of(status),
         f"epoch {epoch} of {status['epochs']}",
         f"step {step} of {steps}",
         f"loss {status['loss']:.4f}",

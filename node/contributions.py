@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lutetia.node.journal import LONGEST_TEXT, NodeVerdict, VerdictBook
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.system.errors import DiskError
 from lutetia.system.files import write_atomic
@@ -50,14 +51,19 @@ class Contributions:
         midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
         return sum(at >= midnight for at in self._book.recent)
 
-    def count_accepted(self, now: float, shard: int, epoch: int) -> None:
-        self.verdicts.add(NodeVerdict(time=now, shard=shard, epoch=epoch, outcome="accepted"))
+    def count_accepted(self, now: float, slot: int, epoch: int, digest: str = "") -> None:
+        """`digest`: of a checkpoint that may be reported again; it is counted once."""
+        if digest and any(known.checkpoint == digest for known in self.verdicts.verdicts):
+            return
+        shard, lane = shard_and_lane(slot)
+        self.verdicts.add(NodeVerdict(time=now, shard=shard, lane=lane, epoch=epoch, outcome="accepted", checkpoint=digest))
         recent = (*(at for at in self._book.recent if now - at < _RECENT_SECONDS), now)
         self._book = self._book.model_copy(update={"accepted": self.accepted + 1, "last_accepted": now, "recent": recent})
         self._save()
 
-    def count_refused(self, now: float, shard: int, epoch: int, text: str) -> None:
-        self.verdicts.add(NodeVerdict(time=now, shard=shard, epoch=epoch, outcome="refused", text=text[:LONGEST_TEXT]))
+    def count_refused(self, now: float, slot: int, epoch: int, text: str) -> None:
+        shard, lane = shard_and_lane(slot)
+        self.verdicts.add(NodeVerdict(time=now, shard=shard, lane=lane, epoch=epoch, outcome="refused", text=text[:LONGEST_TEXT]))
         self._book = self._book.model_copy(update={"refused": self.refused + 1})
         self._save()
 

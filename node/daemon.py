@@ -247,7 +247,8 @@ class NodeDaemon:
             status = self.status()
             for each in status.devices or (status,):
                 if each.shard is not None and each.loss is not None and each.samples is not None:
-                    new = TrainingLoss(time=time.time(), shard=each.shard, samples=each.samples, loss=each.loss)
+                    place = {"shard": each.shard, "lane": each.lane or 0, "samples": each.samples}
+                    new = TrainingLoss(time=time.time(), loss=each.loss, **place)
                     self.losses = with_loss(self.losses, new)
             if on_status:
                 on_status(status)

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from lutetia.protocol.schema.canonical import Frozen, canonical
+from lutetia.protocol.schema.fields import added
 from lutetia.system.errors import DiskError
 from lutetia.system.files import write_atomic
 from lutetia.system.log_format import PlainFormatter
@@ -26,9 +27,11 @@ class NodeVerdict(Frozen):
 
     time: float = Field(description="When the node learnt it, in Unix seconds")
     shard: int = Field(description="Index of the shard")
+    lane: int = added(0, "Lane of the shard, in a run with lanes")
     epoch: int = Field(description="Its epoch")
     outcome: Literal["accepted", "refused"] = Field(description="What the coordinator decided")
     text: str = Field(default="", max_length=LONGEST_TEXT, description="Why it was refused, in words")
+    checkpoint: str = added("", "Digest of an accepted result of a lane")
 
 
 class TrainingLoss(Frozen):
@@ -36,6 +39,7 @@ class TrainingLoss(Frozen):
 
     time: float = Field(description="Unix seconds")
     shard: int = Field(description="Index of the shard")
+    lane: int = added(0, "Lane of the shard, in a run with lanes")
     samples: int = Field(description="Samples of the shard that this work has seen so far")
     loss: float = Field(description="Training loss of the last step")
 
@@ -71,9 +75,10 @@ class VerdictBook:
 def with_loss(known: Sequence[TrainingLoss], new: TrainingLoss, most: int = MOST_LOSSES) -> list[TrainingLoss]:
     """`known` and the new loss; of too many, the one between the nearest neighbours goes, so that the rest is spread evenly.
 
-    Losses of later samples go, too: the shard goes on from an earlier checkpoint.
+    Losses of later samples of its lane go, too: the shard goes on from an earlier checkpoint.
     """
-    kept = [each for each in known if each.shard != new.shard or each.samples < new.samples]
+    place = new.shard, new.lane
+    kept = [each for each in known if (each.shard, each.lane) != place or each.samples < new.samples]
     kept.append(new)
     if len(kept) > most:
         del kept[min(range(1, len(kept) - 1), key=lambda at: kept[at + 1].time - kept[at - 1].time)]

@@ -16,6 +16,7 @@ class DeviceStatus(Frozen):
     reason: str = Field(description="Why it is in this state, in one sentence")
     since: float = Field(description="When it entered this state, in Unix seconds")
     shard: int | None = Field(default=None, description="Index of the shard that it works on")
+    lane: int | None = Field(default=None, description="Lane of that shard, in a run with lanes")
     shard_name: str | None = Field(default=None, description="Name of that shard")
     epoch: int | None = Field(default=None, description="Newest accepted epoch of that shard, as the node knows it")
     epochs: int | None = Field(default=None, description="Epochs of each shard in total")

@@ -153,7 +153,7 @@ def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
 def _work(document: dict[str, Any]) -> str:
     """The shard that a device or node works on, and how far it is."""
     from lutetia.cli.formatting import number
-    from lutetia.cli.progress import current_epoch
+    from lutetia.cli.progress import current_epoch, expert_of
 
     if document["shard"] is None:
         return "-"
@@ -161,7 +161,7 @@ def _work(document: dict[str, Any]) -> str:
     done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
     speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
     loss = f"training loss {number(document['loss'])}"
-    return f"expert {document['shard']} {document['shard_name'] or ''}, {done}, {loss}, {speed}"
+    return f"{expert_of(document)}, {done}, {loss}, {speed}"
 
 
 def _waiting(device: dict[str, Any], now: float) -> str:

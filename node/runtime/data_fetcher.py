@@ -1,4 +1,4 @@
-"""Fetches the parts of the held shard's data while it is trained, in the order in which its batches need them.
+"""Fetches the parts of the held slot's data while it is trained, in the order in which its batches need them.
 
 Under a disk limit parts that are used later make room for those that are used sooner.
 """
@@ -16,6 +16,7 @@ from lutetia.models.data.parts.index import PartSpec, ShardIndex
 from lutetia.models.data.parts.order import next_uses, to_fetch
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.devices.device_shell import DeviceShell
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.system.errors import DiskError, LutetiaError
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ class DataFetcher:
         shell, work = self.shell, self.shell.state.work
         if work is None or shell.state.phase not in ("training", "draining") or shell.state.disk_full_since is not None:
             return False
-        index = await asyncio.to_thread(shell.workspace.data.index, shell.workspace.store, shell.manifest.shards[work.shard])
+        index = await asyncio.to_thread(shell.workspace.data.index, shell.workspace.store, shell.workspace.shard_of(work.shard))
         if index is None:
             return False
         parts = await asyncio.to_thread(self._next_parts, work.shard, index)
@@ -68,14 +69,15 @@ class DataFetcher:
             await asyncio.gather(*fetches, return_exceptions=True)
         return bool(parts)
 
-    def _next_parts(self, shard: int, index: ShardIndex) -> list[PartSpec]:
+    def _next_parts(self, slot: int, index: ShardIndex) -> list[PartSpec]:
         """The next parts to fetch, after room was made for them; none if all that fit are here. Blocks on the disk."""
         workspace = self.shell.workspace
-        uses = next_uses(workspace.manifest, shard, index, self._samples(shard))
-        workspace.set_next_use(shard, index, uses)
+        shard, lane = shard_and_lane(slot)
+        uses = next_uses(workspace.manifest, shard, index, self._samples(slot), lane)
+        workspace.set_next_use(slot, index, uses)
         here = np.array([workspace.store.has(part.blob.digest) for part in index.parts])
         missing = to_fetch(uses, here)[:AT_ONCE]
-        keep = workspace.needed(shard, workspace.known_base(shard))
+        keep = workspace.needed(slot, workspace.known_base(slot))
         for count in (len(missing), 1) if missing else ():
             last = uses[missing[count - 1]]
             sooner = {part.blob.digest for part, use in zip(index.parts, uses, strict=True) if use <= last}
@@ -87,15 +89,15 @@ class DataFetcher:
             workspace.store.check_room(index.parts[missing[0]].blob.size)  # raises, with the limit to raise
         return []
 
-    def _samples(self, shard: int) -> int:
-        """Samples of the shard that are trained, as far as this process knows."""
+    def _samples(self, slot: int) -> int:
+        """Samples of the shard's budget that are trained in this lane, as far as this process knows."""
         report, manifest = self.shell.trainer.report, self.shell.manifest
         if report and report.steps:
             return report.epoch * manifest.checkpoint_samples + report.step * manifest.optimisation.batch
-        return self.shell.tasks.places.get(shard, 0)
+        return self.shell.tasks.places.get(slot, 0)
 
-    async def _fetch(self, shard: int, part: PartSpec) -> None:
-        await self.shell.network.fetch(part.blob, listed_by=self.shell.manifest.shards[shard].train)
+    async def _fetch(self, slot: int, part: PartSpec) -> None:
+        await self.shell.network.fetch(part.blob, listed_by=self.shell.workspace.shard_of(slot).train)
 
     def _pause_after(self, error: Exception) -> float:
         """Report a failure; returns the seconds until the next attempt.

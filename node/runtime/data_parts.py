@@ -19,11 +19,12 @@ log = logging.getLogger(__name__)
 
 
 class DataParts:
-    """Indexes that were read, and the next use of each part of the held shards. Methods that take a store block on the disk."""
+    """Indexes that were read, and the next use of each part of held slots' data. Methods that take a store block on the disk."""
 
     def __init__(self) -> None:
         self._indexes: dict[str, ShardIndex] = {}
-        self._next_use: dict[str, dict[str, int]] = {}
+        self._next_use: dict[int, dict[str, int]] = {}
+        """By slot."""
 
     def index(self, store: BlobStore, shard: ShardSpec) -> ShardIndex | None:
         """The index of a shard's data; None while it is not here or cannot be read, or if the data are one blob."""
@@ -44,23 +45,22 @@ class DataParts:
         return [part.blob for part in index.parts] if index else []
 
     def set_next_use(
-        self, shard: ShardSpec, index: ShardIndex, uses: Sequence[int] | NDArray[np.int64], others: Collection[ShardSpec] = ()
+        self, slot: int, index: ShardIndex, uses: Sequence[int] | NDArray[np.int64], others: Collection[int] = ()
     ) -> None:
-        """Remember how many samples are trained before each part of a held shard is used (`order.next_uses`).
+        """Remember how many samples are trained before each part of a held slot's data is used (`order.next_uses`).
 
-        What was remembered of shards other than it and `others`, which the node holds too, is forgotten.
+        What was remembered of slots other than it and `others`, which the node holds too, is forgotten.
         """
-        kept = {other.train.digest for other in others}
-        self._next_use = {digest: known for digest, known in self._next_use.items() if digest in kept}
-        self._next_use[shard.train.digest] = {part.blob.digest: int(use) for part, use in zip(index.parts, uses, strict=True)}
+        self._next_use = {other: known for other, known in self._next_use.items() if other in others}
+        self._next_use[slot] = {part.blob.digest: int(use) for part, use in zip(index.parts, uses, strict=True)}
 
     def next_use(self, digest: str) -> float:
-        """How many samples are trained before a blob is used; infinite if it is no part of a held shard."""
+        """How many samples are trained before a blob is used; infinite if it is no part of the data of a held slot."""
         return min((known.get(digest, math.inf) for known in self._next_use.values()), default=math.inf)
 
-    def used_within(self, store: BlobStore, shard: ShardSpec, samples: int) -> list[BlobRef]:
-        """The parts that the next `samples` samples need; all while the order of use is not known."""
-        known = self._next_use.get(shard.train.digest, {})
+    def used_within(self, store: BlobStore, shard: ShardSpec, slot: int, samples: int) -> list[BlobRef]:
+        """The parts that the next `samples` samples of a slot of the shard need; all while the order of use is not known."""
+        known = self._next_use.get(slot, {})
         return [ref for ref in self.refs(store, shard) if known.get(ref.digest, 0) < samples]
 
     def unannounced(self, store: BlobStore, shard: ShardSpec) -> set[str]:

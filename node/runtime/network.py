@@ -7,9 +7,10 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -19,7 +20,7 @@ from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.download import Provider, fetch_blob
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance
+from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance, shard_and_lane, slot_name
 from lutetia.protocol.dht_records import publish, read_records
 from lutetia.protocol.joining import coordinator_addresses
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply, offer_checkpoint
@@ -49,6 +50,7 @@ from lutetia.protocol.schema.ticket import Address, Ticket
 from lutetia.protocol.transport.base import Transport
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 _PROVIDERS_AT_ONCE = 4
 _MAX_ADDRESSES = 8
@@ -75,6 +77,7 @@ class NodeNetwork:
     operator: str | None = None
     name: str = ""
     acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
+    """The newest acceptance seen, by shard."""
     quarantined: frozenset[str] = frozenset()
     _quarantine_seen: float = float("-inf")
     _claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -96,35 +99,45 @@ class NodeNetwork:
         """Addresses of p2pd that a record may name; p2pd itself accepts almost any text as an address."""
         return tuple(address for address in self.transport.addresses() if _fits_records(address))[:_MAX_ADDRESSES]
 
-    async def look(self, shards: Sequence[int]) -> tuple[ShardView, ...]:
-        """Claims and acceptance of these shards; a shard that cannot be looked up is left out."""
+    async def look(self, slots: Sequence[int]) -> tuple[ShardView, ...]:
+        """Claims and acceptances of these slots; one that cannot be looked up is left out. A shard's lanes share its lineage."""
         await self._update_quarantine()
-        views = await gather_bounded(self._view_or_none, shards, LOOKUPS_AT_ONCE)
-        return tuple(view for view in views if view is not None)
+        claims = await gather_bounded(lambda slot: self._found(slot, self._claims), slots, LOOKUPS_AT_ONCE)
+        shards = tuple({shard_and_lane(slot)[0]: None for slot in slots})
+        found = await gather_bounded(lambda shard: self._found(shard, self._lineage), shards, LOOKUPS_AT_ONCE)
+        lineages = dict(zip(shards, found, strict=True))
+        views = []
+        for slot, live in zip(slots, claims, strict=True):
+            lineage = lineages[shard_and_lane(slot)[0]]
+            if live is not None and lineage is not None:
+                views.append(ShardView(slot, live, *lineage))
+        return tuple(views)
 
-    async def _view_or_none(self, shard: int) -> ShardView | None:
+    async def _found(self, slot: int, read: Callable[[int], Awaitable[Found]]) -> Found | None:
         try:
-            return await self._view_of(shard)
+            return await read(slot)
         except ConnectionError as error:
-            log.info("cannot look up shard %d: %s", shard, error)
+            log.info("cannot look up %s: %s", slot_name(slot), error)
             return None
 
-    async def _view_of(self, shard: int) -> ShardView:
-        run = self.manifest.run_id
-        claims = await read_records(self.transport, claim_key(run, shard))
-        accepted = await read_records(self.transport, acceptance_key(run, shard))
-        newest = latest_acceptance(record for record, _ in accepted if isinstance(record, AcceptanceRecord | ResetRecord))
-        live = tuple(
+    async def _claims(self, slot: int) -> tuple[LiveClaim, ...]:
+        claims = await read_records(self.transport, claim_key(self.manifest.run_id, *shard_and_lane(slot)))
+        return tuple(
             LiveClaim(record, expires)
             for record, expires in claims
             if isinstance(record, ClaimRecord) and record.owner not in self.quarantined
         )
+
+    async def _lineage(self, shard: int) -> tuple[AcceptanceRecord | None, int]:
+        """The shard's newest acceptance; without one, the term of its last reset."""
+        accepted = await read_records(self.transport, acceptance_key(self.manifest.run_id, shard))
+        newest = latest_acceptance(record for record, _ in accepted if isinstance(record, AcceptanceRecord | ResetRecord))
         if isinstance(newest, ResetRecord):
             self.acceptances.pop(shard, None)
-            return ShardView(shard, live, None, newest.term)
+            return None, newest.term
         if newest:
             self.acceptances[shard] = newest
-        return ShardView(shard, live, newest)
+        return newest, 0
 
     async def _update_quarantine(self) -> None:
         """Read which peers' claims do not count, at most once per heartbeat."""
@@ -141,13 +154,14 @@ class NodeNetwork:
         self.quarantined = frozenset(peer for record in records for peer in record.peers)
 
     async def publish_claim(self, claim: Claim) -> None:
+        shard, lane = shard_and_lane(claim.shard)
         record = ClaimRecord(
             run=self.manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(),
-            shard=claim.shard, epoch=claim.epoch, samples=claim.samples, state=claim.state,
+            shard=shard, lane=lane, epoch=claim.epoch, samples=claim.samples, state=claim.state,
         )  # fmt: skip
         async with self._claiming:  # one at a time: the DHT refuses a claim that is older than the stored one
             if not await self._publish(record, self.limits.longest("claim")):
-                log.warning("claim on shard %d not stored: no DHT peer took it", claim.shard)
+                log.warning("claim on %s not stored: no DHT peer took it", slot_name(claim.shard))
 
     async def publish_node(
         self, state: NodeState, hardware: Hardware, rate: float, shard: int | None, devices: tuple[DeviceEntry, ...] = ()

@@ -186,13 +186,13 @@ class NodeShell:
             raise UsageError(f"{error}; `lutetia status` shows them") from error
 
     def device_changed(self) -> None:
-        """Tell each device which shards the others have."""
-        used = {name: device.shards_in_use for name, device in self.devices.items()}
+        """Tell each device which slots the others have."""
+        used = {name: device.slots_in_use for name, device in self.devices.items()}
         self.workspace.at_work = {
             work.shard: (work.epoch, work.checkpoint) for device in self.devices.values() if (work := device.state.work)
         }
         for name, device in tuple(self.devices.items()):
-            taken = frozenset().union(*(shards for other, shards in used.items() if other != name))
+            taken = frozenset().union(*(slots for other, slots in used.items() if other != name))
             if device.state.phase != "left" and taken != device.state.taken:  # one that has left takes nothing in
                 device.feed(m.ShardsTaken(time.time(), taken))
         self._notify()

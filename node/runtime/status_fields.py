@@ -9,6 +9,7 @@ from lutetia.node.local_status import DeviceStatus
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.node_record import BUSIEST
 from lutetia.node.runtime.shell import NodeShell
+from lutetia.protocol.claims import shard_and_lane
 
 
 def device_status(shell: DeviceShell) -> DeviceStatus:
@@ -20,13 +21,14 @@ def device_status(shell: DeviceShell) -> DeviceStatus:
         "precision": probed.precision_reason if probed else None,
     }  # fmt: skip
     if work:
+        shard, lane = shard_and_lane(work.shard)
         fields |= {
-            "shard": work.shard, "shard_name": shell.manifest.shards[work.shard].name, "epoch": work.epoch,
-            "epochs": shell.manifest.epochs, "pending": len(work.pending), "samples": work.samples,
+            "shard": shard, "lane": lane if shell.manifest.team else None, "shard_name": shell.manifest.shards[shard].name,
+            "epoch": work.epoch, "epochs": shell.manifest.epochs, "pending": len(work.pending), "samples": work.samples,
         }  # fmt: skip
     if work and report:
         rate = report.rate or None
-        left = (shell.manifest.steps_per_epoch - report.step) * shell.manifest.optimisation.batch
+        left = (shell.manifest.lane_steps(shard_and_lane(work.shard)[1]) - report.step) * shell.manifest.optimisation.batch
         fields |= {
             "step": report.step, "steps": report.steps or None, "samples": report.samples, "loss": report.loss,
             "samples_per_second": rate, "due": now + left / rate if rate else None,

@@ -17,6 +17,7 @@ from lutetia.node.runtime.workspace import AcceptedBase, CheckpointDiscarded, Wo
 from lutetia.node.settings import NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
+from lutetia.protocol.claims import shard_and_lane, slot_name
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import DiskError, HardwareError, IntegrityError, LutetiaError, UnreachableError
 from lutetia.system.files import disk_errors, make_folder
@@ -32,60 +33,62 @@ class NodeTasks:
         self.manifest = network.manifest
         self.disk_problem: str | None = None
         self.places: dict[int, int] = {}
-        """Samples of each shard that were trained when its trainer began."""
+        """Samples of each slot's budget that were trained when its trainer began."""
 
     # --- fetching -----------------------------------------------------------------------------------------------------------
 
     async def sync(self, action: m.Sync) -> m.SyncDone | m.SyncFailed:
-        """Fetch the shard's accepted state and data, and find own checkpoints that descend from it.
+        """Fetch the slot's accepted state and data, and find own checkpoints that descend from it.
 
         Of data that lie in parts, those of the first batch are fetched; `DataFetcher` fetches the others while they are trained.
         """
-        shard, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
+        slot, epoch, checkpoint = action.shard, action.epoch, action.checkpoint
         try:
             with disk_errors(self.settings.state_folder):
-                base = await self._base(shard, epoch, checkpoint) if epoch else None
-                await self._fetch_index(shard, base)
-                keep = await asyncio.to_thread(self.workspace.needed, shard, base)
-                for ref in self.workspace.inputs(shard, base):
+                base = await self._base(slot, epoch, checkpoint) if epoch else None
+                await self._fetch_index(slot, base)
+                keep = await asyncio.to_thread(self.workspace.needed, slot, base)
+                for ref in self.workspace.inputs(slot, base):
                     await self._fetch(ref, keep)
-                await asyncio.to_thread(self.workspace.set_base, shard, base)
-                kept = await asyncio.to_thread(self.workspace.pending, shard, epoch, checkpoint)
-                await self._fetch_first_parts(shard, epoch, checkpoint, base)
+                await asyncio.to_thread(self.workspace.set_base, slot, base)
+                kept = await asyncio.to_thread(self.workspace.pending, slot, epoch, checkpoint)
+                await self._fetch_first_parts(slot, epoch, checkpoint, base)
         except (LutetiaError, ConnectionError) as error:
             self._note_disk(error)
-            return m.SyncFailed(time.time(), shard, _one_line(error))
-        return m.SyncDone(time.time(), shard, epoch, checkpoint, tuple(item.candidate for item in kept))
+            return m.SyncFailed(time.time(), slot, _one_line(error))
+        return m.SyncDone(time.time(), slot, epoch, checkpoint, tuple(item.candidate for item in kept))
 
-    async def _base(self, shard: int, epoch: int, checkpoint: str | None) -> AcceptedBase:
+    async def _base(self, slot: int, epoch: int, checkpoint: str | None) -> AcceptedBase:
+        shard = shard_and_lane(slot)[0]
         accepted = self.network.acceptances.get(shard)
-        base = await asyncio.to_thread(self.workspace.base, shard, epoch, checkpoint, accepted)
+        base = await asyncio.to_thread(self.workspace.base, slot, epoch, checkpoint, accepted)
         if base is None:
             raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT; waiting for it")
         return base
 
-    async def _fetch_index(self, shard: int, base: AcceptedBase | None) -> None:
+    async def _fetch_index(self, slot: int, base: AcceptedBase | None) -> None:
         """Fetch the index of data that lie in parts. Raises IntegrityError if the manifest names a larger one than any may be."""
-        spec = self.manifest.shards[shard]
+        spec = self.workspace.shard_of(slot)
         if spec.data_bytes is None:
             return
         check_index_size(spec)
-        await self._fetch(spec.train, await asyncio.to_thread(self.workspace.needed, shard, base))
+        await self._fetch(spec.train, await asyncio.to_thread(self.workspace.needed, slot, base))
         await asyncio.to_thread(check_index, self.workspace.store, spec)
 
-    async def _fetch_first_parts(self, shard: int, epoch: int, checkpoint: str | None, base: AcceptedBase | None) -> None:
+    async def _fetch_first_parts(self, slot: int, epoch: int, checkpoint: str | None, base: AcceptedBase | None) -> None:
         """Fetch the parts of the batch that the trainer begins with."""
-        index = await asyncio.to_thread(self.workspace.data.index, self.workspace.store, self.manifest.shards[shard])
+        (shard, lane), spec = shard_and_lane(slot), self.workspace.shard_of(slot)
+        index = await asyncio.to_thread(self.workspace.data.index, self.workspace.store, spec)
         if index is None:
             return
-        start = await asyncio.to_thread(self.workspace.start, shard, epoch, checkpoint, base)
-        place = self.places[shard] = self.workspace.place(shard, start.place)
-        uses = await asyncio.to_thread(next_uses, self.manifest, shard, index, place)
-        self.workspace.set_next_use(shard, index, uses)
-        keep = await asyncio.to_thread(self.workspace.needed, shard, base)
+        start = await asyncio.to_thread(self.workspace.start, slot, epoch, checkpoint, base)
+        place = self.places[slot] = self.workspace.place(start.place)
+        uses = await asyncio.to_thread(next_uses, self.manifest, shard, index, place, lane)
+        self.workspace.set_next_use(slot, index, uses)
+        keep = await asyncio.to_thread(self.workspace.needed, slot, base)
         for part, use in zip(index.parts, uses, strict=True):
             if use < self.manifest.optimisation.batch:
-                await self._fetch(part.blob, keep, self.manifest.shards[shard].train)
+                await self._fetch(part.blob, keep, spec.train)
 
     async def _fetch(self, ref: BlobRef, keep: Collection[str], listed_by: BlobRef | None = None) -> None:
         if not await asyncio.to_thread(self.workspace.store.has, ref.digest):
@@ -104,21 +107,22 @@ class NodeTasks:
             return m.TrainerExited(time.time(), action.run, _exit_reason(error), _one_line(error))
 
     def _assignment(self, action: m.StartTrainer) -> Assignment:
-        shard, probed, settings, choice = action.shard, self.prober.result, self.settings, self.prober.choice
+        slot, probed, settings, choice = action.shard, self.prober.result, self.settings, self.prober.choice
         if probed is None:
             raise HardwareError("there is no result of the hardware probe; it is probed again")
-        work = self.workspace.work(shard)
+        shard, lane = shard_and_lane(slot)
+        work = self.workspace.work(slot)
         if action.halvings:
             work.drop_local()  # it was trained with another micro-batch
-        base = self.workspace.base(shard, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
-        start = self.workspace.start(shard, action.epoch, action.checkpoint, base)
-        self.places[shard] = self.workspace.place(shard, start.place)
+        base = self.workspace.base(slot, action.epoch, action.checkpoint, self.network.acceptances.get(shard))
+        start = self.workspace.start(slot, action.epoch, action.checkpoint, base)
+        self.places[slot] = self.workspace.place(start.place)
         make_folder(work.path)
         log.info("trainer %d starts from %s, epoch %d", action.run, start.place.source, start.place.epoch)
         fit = probed.shards[shard]
         whole = fit.micro_batch or self.manifest.optimisation.batch
         return Assignment(
-            manifest=self.workspace.paths.manifest, shard=shard,
+            manifest=self.workspace.paths.manifest, shard=shard, lane=lane,
             data=self.network.store.path(self.manifest.shards[shard].train.digest), folder=work.path,
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, base=self.workspace.base_model(),
@@ -161,9 +165,9 @@ class NodeTasks:
         """The checkpoint, with its files in the store. Blocks on the disk; raises what `store_checkpoint` raises."""
         for kept in self.workspace.work(candidate.shard).kept():
             if kept.digest == candidate.digest:
-                self.workspace.store_checkpoint(kept, self.workspace.needed(kept.shard, self.workspace.known_base(kept.shard)))
+                self.workspace.store_checkpoint(kept, self.workspace.needed(kept.slot, self.workspace.known_base(kept.slot)))
                 return kept
-        raise IntegrityError(f"checkpoint {candidate.epoch} of shard {candidate.shard} is no longer on disk; train it again")
+        raise IntegrityError(f"checkpoint {candidate.epoch} of {slot_name(candidate.shard)} is no longer on disk; train it again")
 
     def _note_disk(self, error: Exception) -> None:
         if isinstance(error, DiskError):

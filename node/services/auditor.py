@@ -130,9 +130,10 @@ class NodeAuditor:
         index = self.shell.workspace.data.index(self.shell.network.store, manifest.shards[job.shard])
         if index is None:
             return []
-        steps = manifest.steps_per_epoch if job.end_weights else min(job.steps, manifest.steps_per_epoch)
+        whole = manifest.lane_steps(job.lane)
+        steps = whole if job.end_weights else min(job.steps, whole)
         first = (job.epoch - 1) * manifest.checkpoint_samples
-        used = parts_used(manifest, job.shard, index, first, steps * manifest.optimisation.batch)
+        used = parts_used(manifest, job.shard, index, first, steps * manifest.optimisation.batch, job.lane)
         return [index.parts[number].blob for number in used]
 
     async def _replay_in_child(
@@ -143,7 +144,7 @@ class NodeAuditor:
         assert result
         fit, forms = result.shards[job.shard], {"moments": job.moments, "weights": job.kept_weights}
         values = {
-            **job.model_dump(include={"shard", "epochs", "steps", "precision"}), **paths,
+            **job.model_dump(include={"shard", "lane", "epochs", "steps", "precision"}), **paths,
             "manifest": self.shell.workspace.paths.manifest, "epoch": job.epoch - 1, "device": result.device,
             "micro_batch": fit.micro_batch, "memory": MemoryOptions.model_validate({**fit.memory.model_dump(), **forms}),
             "threads": self.shell.choice.threads, "base": self.shell.workspace.base_model(), "doubt": doubt,

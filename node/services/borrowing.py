@@ -95,9 +95,7 @@ async def clean_up(shell: DeviceShell, shard: int, refs: Iterable[BlobRef]) -> N
 def _wanted(shell: DeviceShell, shard: int) -> set[str]:
     """Blobs of the shard that this node serves or needs. Blocks on the disk."""
     workspace, wanted = shell.workspace, set(shell.served())
-    if held := workspace.at_work.get(shard):
-        wanted |= workspace.needed(shard, workspace.base(shard, *held, shell.network.acceptances.get(shard)))
-    return wanted
+    return wanted | workspace.needed_at_work(shard, shell.network.acceptances.get(shard))
 
 
 async def in_time(

@@ -10,6 +10,7 @@ from lutetia.models.device import Precision
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.checkpoint_folder import LocalState
+from lutetia.protocol.claims import slot_of
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.fields import Digest
 
@@ -26,6 +27,7 @@ class Assignment(Frozen):
 
     manifest: Path = Field(description="The signed manifest")
     shard: int = Field(description="Index of the shard")
+    lane: int = Field(default=0, description="Lane of the shard that is trained")
     data: Path = Field(description="The shard's training data")
     folder: Path = Field(description="Where checkpoints and local states are written")
     epoch: int = Field(description="Parent epoch")
@@ -45,3 +47,7 @@ class Assignment(Frozen):
     clips_every: int = Field(default=0, ge=0, description="Epochs from one export of sampled clips to the next; 0: none")
     save_every: float = Field(default=30.0, gt=0, description="Fewest seconds between local states")
     local_bytes_per_day: int = Field(default=LOCAL_BYTES_PER_DAY, gt=0, description="Bytes of local states written in a day")
+
+    @property
+    def slot(self) -> int:
+        return slot_of(self.shard, self.lane)

@@ -1,8 +1,8 @@
-"""A shard's work on disk: complete own checkpoints and the newest local state, each with its parent.
+"""The work on one slot on disk: complete own checkpoints and the newest local state, each with its parent.
 
-A shard's folder holds `epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json`, and `local-4-17.safetensors`,
-named by `local.json`. The epoch folder gets its name when all files are written. Once it is published, the blob store links to
-the same files.
+The folder of a slot has the number of its shard, `0007`, and that of a lane above the first also the lane: `0007-2`. It holds
+`epoch-000004/{weights,state,trace}.safetensors` with `checkpoint.json`, and `local-4-17.safetensors`, named by `local.json`. The
+epoch folder gets its name when all files are written. Once it is published, the blob store links to the same files.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from lutetia.node.machine.messages import OwnCheckpoint
+from lutetia.protocol.claims import shard_and_lane, slot_of
 from lutetia.protocol.schema.canonical import Frozen, canonical
-from lutetia.protocol.schema.fields import Digest, PublicKey
+from lutetia.protocol.schema.fields import Digest, PublicKey, added
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import CheckpointRecord, TrainedWith
 from lutetia.system.files import is_part, write_atomic
@@ -42,6 +43,7 @@ class KeptCheckpoint(Frozen):
     samples: int = Field(description="Samples of the shard seen so far")
     loss: float = Field(description="Mean training loss of the epoch")
     made: TrainedWith = Field(default=TrainedWith(), description="Device, precision and software of the training")
+    lane: int = added(0, "Lane that was trained", ge=0)
 
     def record(self, owner: PublicKey, peer_id: str, addresses: Sequence[str], issued: float) -> CheckpointRecord:
         """The record that is offered to the coordinator. `issued` in Unix seconds."""
@@ -57,8 +59,12 @@ class KeptCheckpoint(Frozen):
         return self.weights, self.state, self.trace
 
     @property
+    def slot(self) -> int:
+        return slot_of(self.shard, self.lane)
+
+    @property
     def candidate(self) -> OwnCheckpoint:
-        return OwnCheckpoint(self.shard, self.epoch, self.digest, self.parent)
+        return OwnCheckpoint(self.slot, self.epoch, self.digest, self.parent)
 
 
 class LocalState(Frozen):
@@ -103,22 +109,23 @@ def resume_point(epoch: int, checkpoint: str | None, kept: Sequence[KeptCheckpoi
 
 
 class CheckpointFolder:
-    """The files of one shard. Methods block on the disk."""
+    """The files of one slot. Methods block on the disk."""
 
-    def __init__(self, work: Path, run: str, shard: int) -> None:
-        self.run, self.shard = run, shard
-        self.path = work / f"{shard:04d}"
+    def __init__(self, work: Path, run: str, slot: int) -> None:
+        self.run, self.slot = run, slot
+        self.shard, self.lane = shard_and_lane(slot)
+        self.path = work / (f"{self.shard:04d}-{self.lane}" if self.lane else f"{self.shard:04d}")
 
     def epoch_folder(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:06d}"
 
     def kept(self) -> list[KeptCheckpoint]:
-        """Complete checkpoints of this run and shard, by epoch; unreadable ones are left out."""
+        """Complete checkpoints of this run and slot, by epoch; unreadable ones are left out."""
         checkpoints = []
         for path in sorted(self.path.glob(f"epoch-*/{CHECKPOINT}")):
             with contextlib.suppress(ValidationError, OSError):
                 item = KeptCheckpoint.model_validate_json(path.read_bytes())
-                if (item.run, item.shard) == (self.run, self.shard) and path.parent == self.epoch_folder(item.epoch):
+                if (item.run, item.slot) == (self.run, self.slot) and path.parent == self.epoch_folder(item.epoch):
                     checkpoints.append(item)
         return checkpoints
 
@@ -157,12 +164,13 @@ class CheckpointFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def remembered_shards(work: Path, run: str) -> frozenset[int]:
-    """Shards of the run with checkpoints or local states in `work`."""
-    shards = set()
-    for path in work.glob("*"):
-        if re.fullmatch(r"\d{4}", path.name):
-            folder = CheckpointFolder(work, run, int(path.name))
-            if folder.local() or folder.kept():
-                shards.add(folder.shard)
-    return frozenset(shards)
+def slots_in(work: Path) -> list[int]:
+    """The slots that have a folder in `work`, in ascending order."""
+    found = (re.fullmatch(r"(\d{4})(?:-([1-9]\d{0,2}))?", path.name) for path in work.glob("[0-9]*"))
+    return sorted(slot_of(int(match[1]), int(match[2] or 0)) for match in found if match)
+
+
+def remembered_slots(work: Path, run: str) -> frozenset[int]:
+    """Slots of the run with checkpoints or local states in `work`."""
+    folders = [CheckpointFolder(work, run, slot) for slot in slots_in(work)]
+    return frozenset(folder.slot for folder in folders if folder.local() or folder.kept())

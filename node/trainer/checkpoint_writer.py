@@ -45,7 +45,7 @@ class CheckpointWriter:
     """One background thread with a queue of one job.
 
     Args:
-        folder: the shard's folder.
+        folder: the folder of the slot that is trained.
         parent: digest of the checkpoint that training starts from; None at epoch 0.
         send: sends a report to the supervisor.
     """
@@ -196,8 +196,8 @@ class CheckpointWriter:
         write_tensors(paths["trace"], {"trace": torch.tensor(snapshot.trace, dtype=torch.float32)})
         refs = {name: ChunkTable.of_file(path).ref for name, path in paths.items()}
         kept = KeptCheckpoint(
-            run=snapshot.run, shard=snapshot.shard, epoch=snapshot.epoch, parent=self.parent, samples=snapshot.samples,
-            loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
+            run=snapshot.run, shard=snapshot.shard, lane=self.folder.lane, epoch=snapshot.epoch, parent=self.parent,
+            samples=snapshot.samples, loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
             made=made_with(snapshot.device, snapshot.precision, snapshot.micro_batch, software_version(), snapshot.memory),
         )  # fmt: skip
         write_atomic(part / CHECKPOINT, canonical(kept))

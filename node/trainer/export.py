@@ -30,7 +30,7 @@ class TrainingExport:
         log = clips = None
         if assignment.losses is not None:
             place = assignment.losses
-            log = _tried(lambda: open_log(place, trainer.manifest.run_id, trainer.shard))
+            log = _tried(lambda: open_log(place, trainer.manifest.run_id, trainer.shard, trainer.lane))
         if log is not None and assignment.clips_every and trainer.manifest.sampling.prompts:
             clips = _tried(lambda: ProgressClips(trainer))
         return cls(trainer, log, clips, assignment.clips_every)

@@ -162,7 +162,7 @@ class TrainerLoop:
         self._wanted, self._daily = assignment.save_every, assignment.local_bytes_per_day
         self._local: LiveSnapshot | None = None
         self._every = SaveInterval(assignment.save_every, "as set")
-        self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, trainer.shard)
+        self.folder = CheckpointFolder(assignment.folder.parent, trainer.manifest.run_id, assignment.slot)
         self.writer = CheckpointWriter(self.folder, assignment.parent, orders.send)
         self._loss: float | None = None
         self._export = TrainingExport.of(trainer, assignment)
@@ -233,7 +233,7 @@ class TrainerLoop:
         self._reported = time.monotonic()
         epoch, step = self.place
         report = ProgressReport(
-            epoch=epoch, step=step, steps=self.trainer.manifest.steps_per_epoch, samples=self.trainer.samples,
+            epoch=epoch, step=step, steps=self.trainer.manifest.lane_steps(self.trainer.lane), samples=self.trainer.samples,
             loss=self._loss, rate=self._rate.value, waiting=waiting,
         )  # fmt: skip
         self.orders.send(report)
@@ -291,7 +291,7 @@ def build(assignment: Assignment, wait: Wait | None = None) -> ExpertTrainer:
         trainer = ExpertTrainer(
             manifest, assignment.shard, data,
             device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
-            base=assignment.base, memory=assignment.memory,
+            base=assignment.base, memory=assignment.memory, lane=assignment.lane,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
         raise TrainerEnded("bad-shard", str(error)) from error
@@ -334,7 +334,7 @@ def work(channel: ParentChannel, memory: int | None = None) -> Exit:
             return "stopped"
         if assignment.threads:
             torch.set_num_threads(assignment.threads)
-        CheckpointFolder(assignment.folder.parent, "", assignment.shard).sweep()
+        CheckpointFolder(assignment.folder.parent, "", assignment.slot).sweep()
         trainer = build(assignment, orders.wait_for_part)
         orders.listen()
         loop = TrainerLoop(trainer, assignment, orders)

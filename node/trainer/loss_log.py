@@ -38,16 +38,17 @@ def parse_place(place: str) -> tuple[str, str]:
     raise ConfigError(f"losses: {place!r} is no place for losses; give {PLACES}")
 
 
-def open_log(place: str, run: str, shard: int) -> LossLog:
-    """The log of one shard of a run. Raises ConfigError when `place` names none, or its package is not installed."""
+def open_log(place: str, run: str, shard: int, lane: int = 0) -> LossLog:
+    """The log of one lane of a shard of a run. Raises ConfigError when `place` names none, or its package is not installed."""
     kind, where = parse_place(place)
+    name = f"shard-{shard}-lane-{lane}" if lane else f"shard-{shard}"
     try:
         match kind:
             case "jsonl":
-                return JsonLines(Path(where).expanduser(), run, shard)
+                return JsonLines(Path(where).expanduser(), {"run": run, "shard": shard} | ({"lane": lane} if lane else {}), name)
             case "tensorboard":
-                return TensorBoard(Path(where).expanduser(), run, shard)
-        return Trackio(where, run, shard)
+                return TensorBoard(Path(where).expanduser(), f"{run[:12]}-{name}")
+        return Trackio(where, f"{run[:12]}-{name}")
     except ImportError as error:
         raise ConfigError(f"losses: {kind} is not installed here; run: pip install 'lutetia[{kind}]'") from error
     except OSError as error:
@@ -55,13 +56,13 @@ def open_log(place: str, run: str, shard: int) -> LossLog:
 
 
 class JsonLines:
-    """One object a line, appended: `run`, `shard`, `step` and the figures; clips as GIFs in a folder beside the file."""
+    """One object a line, appended: `place` (run, shard), `step` and the figures; clips as GIFs in a folder beside the file."""
 
-    def __init__(self, path: Path, run: str, shard: int) -> None:
+    def __init__(self, path: Path, place: Mapping[str, str | int], name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         self._pictures = path.with_suffix("")
-        self._place = {"run": run, "shard": shard}
+        self._place, self._name = place, name
         self._waiting = 0
 
     def step(self, number: int, figures: Mapping[str, float]) -> None:
@@ -77,7 +78,7 @@ class JsonLines:
         from lutetia.models.video_files import write_gif
 
         self._pictures.mkdir(exist_ok=True)
-        files = [self._pictures / f"shard-{self._place['shard']}-step-{number}-{place}.gif" for place in range(len(prompts))]
+        files = [self._pictures / f"{self._name}-step-{number}-{place}.gif" for place in range(len(prompts))]
         for file, clip in zip(files, pictures, strict=True):
             write_gif([Image.fromarray(frame) for frame in clip], file, fps)
         clips = [{"prompt": prompt, "file": str(file)} for prompt, file in zip(prompts, files, strict=True)]
@@ -93,12 +94,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars, and clips as strips of frames, in a folder of event files for each run and shard."""
+    """Scalars, and clips as strips of frames, in a folder of event files of its own."""
 
-    def __init__(self, folder: Path, run: str, shard: int) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / f"{run[:12]}-shard-{shard}"))
+        self._writer = SummaryWriter(str(folder / name))
 
     def step(self, number: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
@@ -116,10 +117,10 @@ class TensorBoard:
 class Trackio:
     """A project of trackio; clips are not written there."""
 
-    def __init__(self, project: str, run: str, shard: int) -> None:
+    def __init__(self, project: str, name: str) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        self._run = trackio.init(project=project, name=f"{run[:12]}-shard-{shard}", resume="allow", embed=False)
+        self._run = trackio.init(project=project, name=name, resume="allow", embed=False)
 
     def step(self, number: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=number)

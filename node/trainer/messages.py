@@ -37,6 +37,7 @@ class ReplayQuestion(Frozen):
 
     manifest: Path = Field(description="The signed manifest")
     shard: int = Field(description="Index of the shard")
+    lane: int = Field(default=0, description="Lane that the author trained")
     epoch: int = Field(description="Parent epoch: the replay starts after it")
     epochs: int = Field(description="Epoch budget under which the epoch was trained")
     steps: int = Field(description="Training steps to replay")

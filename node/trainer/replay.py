@@ -25,7 +25,7 @@ def answer_replay(question: ReplayQuestion) -> ReplayFinished | RequestFailed:
             ReplayParent(question.epoch, question.weights, question.state), question.steps,
             end=end, device=question.device, precision=question.precision, micro_batch=question.micro_batch,
             base=question.base, memory=question.memory,
-            doubt=ReplayDoubt(*question.doubt) if question.doubt else None,
+            doubt=ReplayDoubt(*question.doubt) if question.doubt else None, lane=question.lane,
         )  # fmt: skip
     except (LutetiaError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=" ".join(str(error).split())[:500])

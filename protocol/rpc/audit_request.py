@@ -17,6 +17,7 @@ from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import (
     Digest,
     EpochNumber,
+    LaneIndex,
     Moment,
     PublicKey,
     Seconds,
@@ -49,6 +50,7 @@ class AuditJob(WireDocument):
     shard: ShardIndex = Field(description="Index of its shard")
     epoch: EpochNumber = Field(description="Its epoch, 1 for the first")
     epochs: EpochNumber = Field(description="Budget of the shard under which it was trained, in epochs")
+    lane: LaneIndex = added(0, "Lane that the author trained, in a run with lanes")
     steps: int = Field(ge=1, le=MAX_STEPS, description="How many steps to replay, from the start of the epoch")
     precision: Literal["float32", "bfloat16"] = Field(description="Precision in which the author trained")
     moments: Literal["float32", "8bit"] = added("float32", "Form in which the author kept AdamW's moments")

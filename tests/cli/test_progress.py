@@ -33,6 +33,7 @@ LINE = (
 
 def test_a_training_node_is_told_in_one_line() -> None:
     assert training_line(STATUS, NOW) == LINE
+    assert training_line({**STATUS, "lane": 1}, NOW) == LINE.replace("streets", "streets, lane 1")
     assert training_line({**STATUS, "samples_per_second": None, "due": None}, NOW).endswith("loss 0.1235")
     for idle in ({"state": "syncing"}, {"step": None}, {"steps": None}, {"loss": None}):
         assert training_line({**STATUS, **idle}, NOW) == ""

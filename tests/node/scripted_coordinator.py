@@ -1,10 +1,11 @@
-"""A coordinator without torch for daemon tests: bootstrap peer, blob provider, and a judge that accepts the next epoch."""
+"""A coordinator for tests of nodes: bootstrap peer, blob provider, and a judge that accepts epochs or merges lanes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ class ScriptedCoordinator:
     store: BlobStore
     accepted: dict[int, list[CheckpointRecord]] = field(default_factory=dict)
     judging: bool = True
+    quorum: int = 0
+    """Lanes whose results are merged; 0: all."""
+    gathered: dict[int, dict[int, CheckpointRecord]] = field(default_factory=dict)
+    """Results of the epoch under way, by shard and lane."""
+    results: list[CheckpointRecord] = field(default_factory=list)
+    """All gathered results."""
 
     @property
     def ticket(self) -> Ticket:
@@ -52,6 +59,8 @@ class ScriptedCoordinator:
         lineage = self.accepted.setdefault(record.shard, [])
         if record.digest in [item.digest for item in lineage]:
             return OfferReply(verdict="accepted")
+        if record.digest in [item.digest for item in self.results]:
+            return OfferReply(verdict="gathered")
         if not self.judging:
             return OfferReply(verdict="busy", retry_after=0.5)
         head = lineage[-1].digest if lineage else None
@@ -59,15 +68,43 @@ class ScriptedCoordinator:
             return OfferReply(verdict="superseded", check="lineage", text="not on the accepted parent")
         for ref in (record.weights, record.state, record.trace):
             await fetch_blob(self.transport, self.store, ref, [Provider(peer_id, record.addresses)])
-        lineage.append(record)
+        if self.run.manifest.team:
+            return await self._gather(record)
+        await self.accept(record)
+        return OfferReply(verdict="accepted")
+
+    async def _gather(self, record: CheckpointRecord) -> OfferReply:
+        lanes = self.gathered.setdefault(record.shard, {})
+        lanes[record.lane] = record
+        self.results.append(record)
+        if len(lanes) >= (self.quorum or self.run.manifest.lanes):
+            del self.gathered[record.shard]
+            merged = await asyncio.to_thread(self._merged, sorted(lanes.values(), key=lambda each: each.lane))
+            await self.accept(merged, tuple(sorted(lanes)))
+        return OfferReply(verdict="gathered")
+
+    def _merged(self, records: Sequence[CheckpointRecord]) -> CheckpointRecord:
+        from lutetia.models.training.lanes.merge import FILES, LaneFiles, merge_lanes
+
+        first, manifest = records[0], self.run.manifest
+        steps = [manifest.lane_steps(record.lane) for record in records]
+        files = [[self.store.path(getattr(record, name).digest) for name in FILES] for record in records]
+        parts = [LaneFiles(record.lane, count, *paths) for record, count, paths in zip(records, steps, files, strict=True)]
+        with tempfile.TemporaryDirectory(dir=self.store.root) as folder:
+            made = merge_lanes(manifest, first.shard, first.epoch, parts, Path(folder))
+            refs = {name: self.store.add_file(Path(folder) / name) for name in FILES}
+        merged = {"owner": COORDINATOR.public_key, "peer_id": COORDINATOR.peer_id, "lane": 0, "loss": made.loss, **refs}
+        return first.model_copy(update=merged)
+
+    async def accept(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
+        self.accepted[record.shard].append(record)
         now = time.time()
         acceptance = AcceptanceRecord(
             run=record.run, owner=COORDINATOR.public_key, issued=now, shard=record.shard, epoch=record.epoch,
             checkpoint=record.digest, parent=record.parent, weights=record.weights, state=record.state, samples=record.samples,
-            author=record.owner, tenure_until=now + 60, holdout_loss=1.0,
+            author=record.owner, tenure_until=now + 60, holdout_loss=1.0, lanes=lanes,
         )  # fmt: skip
         await publish(self.transport, COORDINATOR, acceptance, 3600)
-        return OfferReply(verdict="accepted")
 
     async def records(self, key: str) -> list[Any]:
         return [record for record, _ in await read_records(self.transport, key)]

@@ -82,13 +82,14 @@ class TinyRun:
         path, spec = self.data(shard), self.manifest.shards[shard]
         return [(path, spec.train)] if spec.data_bytes is None else list(files_of(path, spec.train))
 
-    def work(self, name: str, shard: int = 0) -> CheckpointFolder:
-        return CheckpointFolder(self.folder / name, self.manifest.run_id, shard)
+    def work(self, name: str, slot: int = 0) -> CheckpointFolder:
+        return CheckpointFolder(self.folder / name, self.manifest.run_id, slot)
 
     def assignment(self, work: CheckpointFolder, **fields: Any) -> Assignment:
         values: dict[str, Any] = {
-            "manifest": self.manifest_file, "shard": work.shard, "data": self.data(work.shard), "folder": work.path,
-            "epoch": 0, "parent": None, "until": self.manifest.epochs, "threads": 1,
+            "manifest": self.manifest_file, "shard": work.shard, "lane": work.lane,
+            "data": self.data(work.shard), "folder": work.path, "epoch": 0, "parent": None,
+            "until": self.manifest.epochs, "threads": 1,
         }  # fmt: skip
         return Assignment(**{**values, **fields})
 
@@ -103,13 +104,13 @@ def raise_budget(run: TinyRun, epochs: int) -> TinyRun:
 
 def make_run(
     folder: Path, *, epochs: int = 2, steps: int = 10, batch: int = 4, heartbeat: float = 1.0,
-    schedule: Literal["constant", "cosine"] = "cosine", clips: int = 8, old: bool = False, **fields: Any,
+    schedule: Literal["constant", "cosine"] = "cosine", clips: int = 8, old: bool = False, experts: int = 2, **fields: Any,
 ) -> TinyRun:  # fmt: skip
     """Write a run to `folder`. `old`: its shards are in one file each, as release 0.1 made them."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     splits: tuple[Literal["train", "holdout"], ...] = ("train", "holdout")
-    for index in range(2):
+    for index in range(experts):
         refs: dict[str, Any] = {}
         sizes: dict[str, int] = {}
         for split in splits:
@@ -122,7 +123,7 @@ def make_run(
             refs[split] = written.blob
             sizes[split] = written.bytes
         refs["data_bytes"] = sizes.get("train")
-        shards.append(ShardSpec(index=index, name=f"kind {index}", clips=clips, holdout_clips=clips, prior=0.5, **refs))
+        shards.append(ShardSpec(index=index, name=f"kind {index}", clips=clips, holdout_clips=clips, prior=1 / experts, **refs))
     now = time.time()
     manifest = Manifest(
         name="tiny", owner=OWNER.public_key, coordinators=(COORDINATOR.public_key,), created=now - 10, expires=now + 86_400,

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lutetia.models.randomness import clip_order, stream
+from lutetia.protocol.schema.manifest import Manifest
 
 _LONGEST_CYCLE = 4096
+Steps = TypeVar("Steps", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,12 @@ class BatchOrder:
         bucket, before = self._bucket(number)
         return self._clips_of(bucket, before, 1)
 
-    def following(self, number: int, count: int) -> NDArray[np.int64]:
-        """The clips of `count` batches from `number` on, one after another, int64 [count * batch]."""
+    def following(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The clips of these batches, whose numbers ascend, one after another, int64 [len(numbers) * batch]."""
         filled = [bucket for bucket, size in enumerate(self.sizes) if size]
-        if len(filled) == 1:
-            return self._clips_of(filled[0], number, count)
-        return np.concatenate([self.clips(each) for each in range(number, number + count)])
+        if len(filled) == 1 and len(numbers) == numbers[-1] - numbers[0] + 1:
+            return self._clips_of(filled[0], int(numbers[0]), len(numbers))
+        return np.concatenate([self.clips(each) for each in numbers.tolist()])
 
     def _clips_of(self, bucket: int, before: int, count: int) -> NDArray[np.int64]:
         """The clips of `count` batches of a bucket, after `before` batches of it."""
@@ -63,9 +66,20 @@ class BatchOrder:
         return bucket, cycle * counts[bucket] + int((drawn[:place] == bucket).sum())
 
 
-def batch_number(step: int, lane: int, lanes: int) -> int:
+def batch_number(step: Steps, lane: int, lanes: int) -> Steps:
     """The number of the batch that `lane` of `lanes` trains at `step` of the shard's budget: the lanes take batches in turn."""
     return step * lanes + lane
+
+
+def batches_of_lane(manifest: Manifest, lane: int, first: int, count: int) -> NDArray[np.int64]:
+    """The numbers of the next `count` batches of a lane after the first `first` steps of the shard's budget, int64 [count].
+
+    A lane that trains a share of every epoch goes on with the next epoch after it.
+    """
+    steps, whole = manifest.lane_steps(lane), manifest.steps_per_epoch
+    done = first // whole * steps + min(first % whole, steps)
+    epochs, places = np.divmod(np.arange(done, done + count), steps)
+    return batch_number(epochs * whole + places, lane, manifest.lanes)
 
 
 def batches_of_a_cycle(sizes: tuple[int, ...], batch: int) -> tuple[int, ...]:

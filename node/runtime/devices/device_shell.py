@@ -24,9 +24,10 @@ from lutetia.node.runtime.node_record import DeviceFacts
 from lutetia.node.runtime.tasks import NodeTasks
 from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
-from lutetia.node.trainer.checkpoint_folder import remembered_shards
+from lutetia.node.trainer.checkpoint_folder import remembered_slots
 from lutetia.node.trainer.devices import DeviceMissing
 from lutetia.node.trainer.probe import ProbeResult
+from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.manifest_upgrade import training_changed
 from lutetia.system.errors import DiskError, LutetiaError, one_error
@@ -54,7 +55,7 @@ class DeviceShell:
         self.contributions, self.replicator = parts.contributions, parts.replicator
         self.choice, self.node, self.found = choice, node, found
         self.rules = NodeRules.of(self.manifest, self.network.identity.public_key)
-        remembered = remembered_shards(self.workspace.paths.work, self.manifest.run_id)
+        remembered = remembered_slots(self.workspace.paths.work, self.manifest.run_id)
         self.state = MachineState(since=time.time(), remembered=remembered)
         self.trainer = TrainerProcess(self.feed, time.time, choice.threads, choice.memory)
         self.prober = HardwareProber(self.settings, choice, self.workspace.paths, self.trainer)
@@ -116,7 +117,7 @@ class DeviceShell:
         self.rules = with_hang_timeout(NodeRules.of(manifest, self.network.identity.public_key), manifest, self.settings, rate)
         resumed = old.orders.paused is not None and manifest.orders.paused is None
         self.feed(m.ManifestChanged(time.time(), manifest.version, training_changed(old, manifest), resumed))
-        if manifest.hardware != old.hardware and self._group:
+        if (manifest.hardware, manifest.team) != (old.hardware, old.team) and self._group:
             self._spawn(self._probe())
 
     @property
@@ -124,15 +125,15 @@ class DeviceShell:
         """What the node's record says of the device."""
         report, work = self.trainer.report, self.state.work
         rate = report.rate if report else 0.0
-        return DeviceFacts(self.name, self.state.phase, self.prober.result, rate, work.shard if work else None)
+        return DeviceFacts(self.name, self.state.phase, self.prober.result, rate, shard_and_lane(work.shard)[0] if work else None)
 
     @property
-    def shards_in_use(self) -> frozenset[int]:
-        """Shards that no other device may take: claimed or worked on, or whose files orders still concern."""
+    def slots_in_use(self) -> frozenset[int]:
+        """Slots that no other device may take: claimed or worked on, or whose files orders still concern."""
         used, work = set(self._under_orders), self.state.work
         if work and (work.owned or work.pending or work.trainer == "on"):
             used.add(work.shard)
-        return frozenset(used | {shard for shard in (self.state.target, self.trainer.shard) if shard is not None})
+        return frozenset(used | {slot for slot in (self.state.target, self.trainer.slot) if slot is not None})
 
     # --- the machine --------------------------------------------------------------------------------------------------------
 
@@ -169,21 +170,21 @@ class DeviceShell:
         task.add_done_callback(self._running.discard)
         return task
 
-    def _ordered(self, work: Coroutine[Any, Any, Any], shard: int | None = None) -> None:
+    def _ordered(self, work: Coroutine[Any, Any, Any], slot: int | None = None) -> None:
         """Run after all work that was ordered before: a discard must not overtake the stop before it.
 
-        `shard`: whose files it concerns; no other device takes that shard meanwhile.
+        `slot`: whose files it concerns; no other device takes that slot meanwhile.
         """
-        if shard is not None:
-            self._under_orders[shard] += 1
+        if slot is not None:
+            self._under_orders[slot] += 1
 
         async def in_order() -> None:
             try:
                 async with self._ordered_lock:  # first come, first served
                     await work
             finally:
-                if shard is not None:
-                    self._under_orders[shard] -= 1
+                if slot is not None:
+                    self._under_orders[slot] -= 1
                     self._under_orders += Counter()  # without zeros
                 self.node.device_changed()
 
@@ -197,36 +198,34 @@ class DeviceShell:
                 self.problem = text if level == "warning" else self.problem
             case m.ProbeHardware():
                 self._spawn(self._probe())
-            case m.LookAtShards(shards=shards):
-                self._spawn(self._look(shards))
+            case m.LookAtShards(shards=slots):
+                self._spawn(self._look(slots))
             case m.PublishClaim(claim=claim):
                 self._spawn(self._publish_claim(claim))
             case m.RenewRecords(claim=claim):
                 self._spawn(self._renew(claim))
-            case m.Sync(shard=shard):
-                self._ordered(self._begin_sync(action), shard)
-            case m.StartTrainer(shard=shard):
-                self._ordered(self._start_trainer(action), shard)
+            case m.Sync(shard=slot):
+                self._ordered(self._begin_sync(action), slot)
+            case m.StartTrainer(shard=slot):
+                self._ordered(self._start_trainer(action), slot)
             case m.AllowEpochs(until=until):
                 self._ordered(self.trainer.allow(until))
             case m.StopTrainer(save=save):
                 self._ordered(self.trainer.stop(save=save))
             case m.PublishCheckpoint(candidate=candidate):
                 self._spawn(self._publish_checkpoint(candidate))
-            case m.DiscardWork(shard=shard, epoch=epoch):
-                self._ordered(self._clean_up(self.workspace.discard, shard, epoch), shard)
-            case m.CheckpointsSuperseded(shard=shard, epoch=epoch):
-                self.contributions.count_accepted(time.time(), shard, epoch)
-                if self.state.disk_full_since is None:  # a full disk stays the problem to report
-                    self.problem = None
-                self._ordered(self._clean_up(self.workspace.superseded, shard, epoch), shard)
+            case m.DiscardWork(shard=slot, epoch=epoch):
+                self._ordered(self._clean_up(self.workspace.discard, slot, epoch), slot)
+            case m.CheckpointsSuperseded(shard=slot, epoch=epoch):
+                self._count_accepted(slot, epoch)
+                self._ordered(self._clean_up(self.workspace.superseded, slot, epoch), slot)
             case m.Leave():
                 self._spawn(self._leave())
 
     # --- network ------------------------------------------------------------------------------------------------------------
 
-    async def _look(self, shards: tuple[int, ...]) -> None:
-        views = await self.network.look(shards)
+    async def _look(self, slots: tuple[int, ...]) -> None:
+        views = await self.network.look(slots)
         if views:
             event = m.SwarmSeen(time.time(), views)
             self.feed(event)
@@ -262,7 +261,7 @@ class DeviceShell:
         else:
             self.rules = with_hang_timeout(self.rules, self.manifest, self.settings, probed.samples_per_second)
             self._tell_needs(probed)
-            self.feed(m.Probed(time.time(), probed.fitness, probed.samples_per_second))
+            self.feed(m.Probed(time.time(), probed.fitness, probed.samples_per_second * self.settings.duty))
 
     def _tell_needs(self, probed: ProbeResult) -> None:
         """Say once in two lines what the run takes of this machine, before it works."""
@@ -291,7 +290,14 @@ class DeviceShell:
         answer = await self.tasks.publish(candidate)
         if isinstance(answer, m.OfferAnswered) and answer.verdict == "invalid":
             self.contributions.count_refused(time.time(), candidate.shard, candidate.epoch, answer.text)
+        elif isinstance(answer, m.OfferAnswered) and answer.verdict == "gathered":
+            self._count_accepted(candidate.shard, candidate.epoch, candidate.digest)
         self._feed_result(answer)
+
+    def _count_accepted(self, slot: int, epoch: int, digest: str = "") -> None:
+        self.contributions.count_accepted(time.time(), slot, epoch, digest)
+        if self.state.disk_full_since is None:  # a full disk stays the problem to report
+            self.problem = None
 
     def _feed_result(self, event: m.Event) -> None:
         """Feed a task's result, after a full disk that it met."""
@@ -302,11 +308,11 @@ class DeviceShell:
 
     # --- disk, leaving, status ----------------------------------------------------------------------------------------------
 
-    async def _clean_up(self, work: Callable[[int, Any], None], shard: int, epoch: int | None) -> None:
+    async def _clean_up(self, work: Callable[[int, Any], None], slot: int, epoch: int | None) -> None:
         """Remove files; on a read-only or full disk report it and leave them."""
         try:
             with disk_errors(self.settings.state_folder):
-                await asyncio.to_thread(work, shard, epoch)
+                await asyncio.to_thread(work, slot, epoch)
         except DiskError as error:
             self.feed(m.DiskFull(time.time(), str(error)))
 

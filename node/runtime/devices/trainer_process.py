@@ -86,8 +86,8 @@ class TrainerProcess:
         self._duty_cycle: float | None = None
         self.disk_full = False
         """Whether the trainer waits for disk space; it retries and reports."""
-        self.shard: int | None = None
-        """The shard whose files the trainer uses, until it is gone."""
+        self.slot: int | None = None
+        """The slot whose files the trainer uses, until it is gone."""
         self.report: TrainerReport | None = None
         self._waits: DataWait | None = None
         self.starved = asyncio.Event()
@@ -151,7 +151,7 @@ class TrainerProcess:
         """Start trainer number `run`; its reports come as events."""
         await self.stop(save=False)
         self._child, self._stopping, self.disk_full = await self.take(), False, False
-        self.report, self.shard = TrainerReport(epoch=assignment.epoch), assignment.shard
+        self.report, self.slot = TrainerReport(epoch=assignment.epoch), assignment.slot
         self._reader = asyncio.create_task(self._read(run, self._child))
         await self._send(StartTraining(assignment=assignment))
         if self._duty_cycle is not None:
@@ -184,7 +184,7 @@ class TrainerProcess:
         await child.stop(STOP_GRACE if save else KILL_GRACE)
         if reader:
             await reader
-        self.shard = None
+        self.slot = None
 
     async def close(self) -> None:
         """Kill all processes."""
@@ -211,7 +211,7 @@ class TrainerProcess:
             await child.kill()
         code = await child.process.wait()
         if self._child is child:
-            self._child = self._reader = self.report = self.shard = self._waits = None
+            self._child = self._reader = self.report = self.slot = self._waits = None
             self.disk_full = False
         if reason is None:
             reason = _meaning_of(code)

@@ -42,6 +42,8 @@ class NodeSetup:
     run: TinyRun
     workspace: Workspace
     tasks: NodeTasks
+    origin: BlobStore
+    """The coordinator's blobs."""
 
     @classmethod
     async def create(cls, run: TinyRun, state: Path, network: MemoryNetwork | None = None) -> NodeSetup:
@@ -66,7 +68,10 @@ class NodeSetup:
         workspace = Workspace(paths, run.manifest, store)
         prober = HardwareProber(settings, DeviceChoice("cpu", 1), paths, TrainerProcess(lambda event: None, time.time, 1))
         return cls(
-            run, workspace, NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), workspace, prober)
+            run,
+            workspace,
+            NodeTasks(settings, NodeNetwork(NODE, transport, run.manifest, ticket, store), workspace, prober),
+            origin,
         )
 
     def checkpoint(self) -> KeptCheckpoint:
@@ -138,7 +143,7 @@ async def test_disk_limit_removes_a_finished_shard(run: TinyRun, tmp_path: Path)
     assert isinstance(await node.tasks.sync(m.Sync(1, 0, None)), m.SyncDone)
     assert not any(node.workspace.store.has(ref.digest) for ref in run.data_refs(0))
     assert node.workspace.work(0).kept() == [kept], "own checkpoints are removed last"
-    later = write_checkpoint(node.workspace, 1, None, shard=1)
+    later = write_checkpoint(node.workspace, 1, None, slot=1)
     node.workspace.store.limit_bytes = total(needed) + total(later.refs)
     assert (await node.tasks.publish(later.candidate)).verdict == "accepted"
     assert set(node.workspace.store.digests()) == {ref.digest for ref in (*needed, *later.refs)}

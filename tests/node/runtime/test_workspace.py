@@ -15,7 +15,7 @@ from lutetia.node.trainer.checkpoint_folder import (
     CheckpointFolder,
     LocalState,
     chain,
-    remembered_shards,
+    remembered_slots,
     resume_point,
 )
 from lutetia.protocol.blobs.store import BlobStore
@@ -184,15 +184,15 @@ def test_base_is_known_from_own_work_or_an_earlier_sync(workspace: Workspace):
     assert workspace.base(0, 4, "d" * 64, None) == base
 
 
-def test_remembered_shards_and_garbage(tmp_path: Path):
+def test_remembered_slots_and_garbage(tmp_path: Path):
     run = "ab" * 32
     folder = CheckpointFolder(tmp_path, run, 3)
     folder.path.mkdir(parents=True)
     (tmp_path / "junk").mkdir()
-    assert remembered_shards(tmp_path, run) == frozenset()
+    assert remembered_slots(tmp_path, run) == frozenset()
     (folder.path / "local-0-5.safetensors").write_bytes(b"x")
     folder.set_local(local(0, None))
-    assert remembered_shards(tmp_path, run) == {3}
+    assert remembered_slots(tmp_path, run) == {3}
     (folder.path / "local.json").write_text("{")
     assert folder.local() is None
 

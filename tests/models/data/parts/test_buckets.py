@@ -60,7 +60,7 @@ def test_one_bucket_has_the_order_of_release_0_1() -> None:
     order = BatchOrder("run", 3, (23,), 4)
     for number in (0, 5, 6, 100):
         assert order.clips(number).tolist() == clip_order("run", 3, 23, 4 * number, 4).tolist()
-    assert order.following(5, 3).tolist() == clip_order("run", 3, 23, 20, 12).tolist()
+    assert order.following(np.arange(5, 8)).tolist() == clip_order("run", 3, 23, 20, 12).tolist()
 
 
 def test_each_batch_has_one_bucket_and_each_bucket_its_share() -> None:
@@ -73,7 +73,9 @@ def test_each_batch_has_one_bucket_and_each_bucket_its_share() -> None:
         seen.update(clips.tolist())
     assert buckets == {0: 100, 1: 60, 3: 40}
     assert set(seen.values()) == {10}, "every clip as often as every other"
-    assert order.following(7, 20).tolist() == [clip for number in range(7, 27) for clip in order.clips(number).tolist()]
+    assert order.following(np.arange(7, 27)).tolist() == [
+        clip for number in range(7, 27) for clip in order.clips(number).tolist()
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(1000, 2), (3, 3, 3), (7, 500, 1), (100_000, 1)])

@@ -105,7 +105,7 @@ async def test_device_that_is_leaving_does_not_hear_of_the_others(tmp_path: Path
 
         async def other_has_no_shard() -> bool:
             assert not at_work.done(), at_work.result()
-            return not other.shards_in_use
+            return not other.slots_in_use
 
         await eventually(both_train)
         async with leaving._ordered_lock:  # its last work takes long
