@@ -1,7 +1,9 @@
 """Which check is lent to whom, until when, and what a report changes. Pure: every function returns a new LendingDesk.
 
 A check that waits for a report is never forgotten: a loan that is late is no longer counted on, so that another peer is asked,
-but its report is still taken when it comes. A borrower that is gone gives its loan back.
+but its report is still taken when it comes. A borrower that is gone gives its loan back. Where a check has as many loans as it
+may have, the one that is late for longest ends for a new one. Who let a loan go by without a report is offered checks more rarely
+each time: otherwise four peers that only ask would hold every check for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from lutetia.coordinator.lending.agreement import NEEDED, Settled, settle
 from lutetia.protocol.rpc.check_request import CheckReport
+from lutetia.system.retry import backoff
 
 SILENT_SECONDS = 600.0
 """A borrower that has not asked again for so long has lost its loan; while it works it does so every two minutes."""
@@ -20,7 +23,10 @@ KEPT_SECONDS = 120.0
 """For so long a place is kept for a peer whose own work was accepted."""
 _LEAST_LOAN = 600.0
 _TIMES_USUAL = 3.0
+LONGEST_PAUSE = 86400.0
+"""A peer that never reports is offered a check once in so many seconds."""
 _MOST_LOANS = 4
+_MOST_REMEMBERED = 4096
 PROOF_AHEAD = 3600.0
 """A replay for which a result waits is lent as if it had waited so many seconds longer: before others, but not for ever."""
 
@@ -79,7 +85,12 @@ class LentCheck:
         """How many more peers to ask now."""
         wanted = self.needed if len(self.reports) < self.needed else len(self.reports) + 1
         counted = sum(now < loan.counts_until for loan in self.loans.values())
-        return min(wanted - len(self.reports) - counted, _MOST_LOANS - len(self.loans))
+        return min(wanted - len(self.reports), _MOST_LOANS) - counted
+
+    def crowded_out(self, now: float) -> str | None:
+        """The borrower that gives way to another one: of as many as there may be the one that is late for longest."""
+        late = {owner: loan.counts_until for owner, loan in self.loans.items() if now >= loan.counts_until}
+        return min(late, key=lambda owner: late[owner]) if late and len(self.loans) >= _MOST_LOANS else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +119,32 @@ class LendingDesk:
     """All checks that wait for reports, by name."""
 
     checks: Mapping[str, LentCheck] = field(default_factory=dict)
+    unanswered: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    """Owner -> how many of its loans ended without a report since its last one, and when the last of them did."""
 
     def held_by(self, owner: str) -> LentCheck | None:
         return next((check for check in self.checks.values() if owner in check.loans), None)
 
     def with_check(self, check: LentCheck) -> LendingDesk:
-        return LendingDesk({**self.checks, check.name: check})
+        return replace(self, checks={**self.checks, check.name: check})
 
     def without(self, name: str) -> LendingDesk:
-        return LendingDesk({key: check for key, check in self.checks.items() if key != name})
+        return replace(self, checks={key: check for key, check in self.checks.items() if key != name})
+
+    def after_silence(self, owner: str, now: float) -> LendingDesk:
+        """The desk when a loan of `owner` has ended without a report."""
+        others = {key: entry for key, entry in self.unanswered.items() if key != owner}
+        entry = self.unanswered.get(owner, (0, now))[0] + 1, now
+        return replace(self, unanswered={**dict(list(others.items())[1 - _MOST_REMEMBERED :]), owner: entry})
+
+    def after_report(self, owner: str) -> LendingDesk:
+        """The desk when `owner` has reported."""
+        return replace(self, unanswered={key: entry for key, entry in self.unanswered.items() if key != owner})
+
+    def may_ask(self, owner: str, now: float) -> bool:
+        """Whether the pause is over after the loans that it let go by."""
+        count, since = self.unanswered.get(owner, (0, 0.0))
+        return not count or now - since >= backoff(count, first=FORGIVEN_SECONDS, longest=LONGEST_PAUSE)
 
 
 def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
@@ -166,8 +194,11 @@ def lend_check(
     else:
         fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known)]
         check = min(fit, key=_rank, default=None)
-        if check is None:
+        if check is None or not desk.may_ask(asker.owner, now):
             return desk, None
+        if late := check.crowded_out(now):
+            check = replace(check, loans={owner: loan for owner, loan in check.loans.items() if owner != late})
+            desk = desk.after_silence(late, now)
         loan = CheckLoan(id_, now, now, now + check.seconds)
     known = check.known | {asker.owner} if asker.known else check.known
     origins = check.origins | {asker.origin} if asker.origin else check.origins
@@ -188,9 +219,11 @@ def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[Len
     if report.outcome == "failed":
         check = replace(check, loans=loans, failed={**check.failed, report.owner: now})
         return desk.with_check(check), check, None
-    check = replace(check, loans=loans, reports=(*check.reports, report))
+    check, desk = replace(check, loans=loans, reports=(*check.reports, report)), desk.after_report(report.owner)
     outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest, check.known)
     if outcome:
+        for owner in (owner for owner, loan in loans.items() if now >= loan.counts_until):
+            desk = desk.after_silence(owner, now)
         return desk.without(check.name), check, outcome
     return desk.with_check(check), check, None
 
@@ -208,6 +241,9 @@ def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, 
         kept = {owner: loan for owner, loan in check.loans.items() if not _ended(owner, loan, free, now, lease)}
         if len(kept) < len(check.loans):
             desk = desk.with_check(replace(check, loans=kept))
+        for owner in check.loans.keys() - kept.keys():
+            if now >= check.loans[owner].counts_until:
+                desk = desk.after_silence(owner, now)
     return desk
 
 

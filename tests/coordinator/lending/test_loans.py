@@ -123,6 +123,27 @@ def test_a_slow_borrower_is_not_waited_for_and_its_report_still_counts():
     assert settled.report is not None
 
 
+def test_peers_that_only_ask_hold_no_check_for_ever():
+    """Four keys take every place of a check and ask again every two minutes. Before, no other peer ever got it."""
+    desk, now = desk_of(CHECK), 0.0
+    for name in ("eve", "mal", "joe", "kim"):
+        desk = lent(desk, name, now=now)
+        now += CHECK.seconds * (name in ("mal", "kim"))
+    desk = lent(desk, "ann", "ben", now=now)
+    assert refused(desk, asker("eve"), now + 1), "the loan that was late for longest gave way"
+    desk, _, _ = take_report(desk, of("ann"), now + 1)
+    desk, _, settled = take_report(desk, of("ben"), now + 2)
+    assert settled is not None
+    later = now + FORGIVEN_SECONDS + 3
+    desk = desk.with_check(replace(CHECK, name="result y", since=later))
+    desk, again = lend_check(desk, asker("eve"), key("second loan"), later)
+    assert again is not None, "it is forgiven after a while"
+    later += again.seconds + SILENT_SECONDS
+    desk = end_check_loans(desk, None, later, lease=30.0)
+    assert refused(desk, asker("eve"), later + FORGIVEN_SECONDS), "for twice as long the second time"
+    assert not refused(desk, asker("eve"), later + 2 * FORGIVEN_SECONDS)
+
+
 def test_loans_of_peers_that_are_gone_or_silent_go_back():
     desk = lent(desk_of(CHECK), "ann", "ben")
     kept = end_check_loans(desk, frozenset({key("ben")}), 50.0, lease=30.0)
