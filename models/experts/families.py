@@ -137,6 +137,12 @@ def build_meta(spec: ExpertSpec) -> nn.Module:
 
 def check_fits(spec: ExpertSpec, latent: LatentSpec) -> None:
     """Raises ConfigError, naming both numbers, if the expert does not fit the run's latents or text, or has dropout."""
+    _check_fits(canonical(spec), canonical(latent))
+
+
+@lru_cache(maxsize=64)  # each trainer asks again, and each replay has a trainer
+def _check_fits(expert: bytes, latents: bytes) -> None:
+    spec, latent = ExpertSpec.model_validate_json(expert), LatentSpec.model_validate_json(latents)
     model = build_meta(spec)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         raise ConfigError(

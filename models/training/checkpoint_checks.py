@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lutetia.models.tensor_files import DTYPES, MAX_HEADER_BYTES, NotTensors, Te
 from lutetia.models.training.optimisers import hidden_matrices
 from lutetia.models.training.states.compact import CODES, MOMENTUM, PARAMETER, SCALE, SECOND, open_state
 from lutetia.models.training.states.eight_bit import LEAST_EXPONENT, blocks
+from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import CheckpointForm
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
@@ -57,8 +59,13 @@ def published_schema(spec: ExpertSpec, form: CheckpointForm) -> Schema:
     """Name, shape and dtype of every tensor of a checkpoint's weights file."""
     schema = weight_schema(spec)
     if form == "compact":
-        schema |= {name: (schema[name][0], torch.bfloat16) for name in trained_parameters(build_meta(spec))}
+        schema |= {name: (schema[name][0], torch.bfloat16) for name in _trained_names(canonical(spec))}
     return schema
+
+
+@lru_cache(maxsize=64)
+def _trained_names(expert: bytes) -> tuple[str, ...]:
+    return tuple(trained_parameters(build_meta(ExpertSpec.model_validate_json(expert))))
 
 
 def check_state(
@@ -102,8 +109,14 @@ def state_schema(spec: ExpertSpec, optimisation: Optimisation, form: CheckpointF
 
 
 def _plain_schema(spec: ExpertSpec, optimisation: Optimisation) -> tuple[Schema, Schema]:
-    model = build_meta(spec)
-    matrices = hidden_matrices(model) if optimisation.optimizer == "muon" else set()
+    required, optional = _state_forms(canonical(spec), optimisation.optimizer == "muon")
+    return dict(required), dict(optional)
+
+
+@lru_cache(maxsize=64)
+def _state_forms(expert: bytes, muon: bool) -> tuple[Schema, Schema]:
+    model = build_meta(ExpertSpec.model_validate_json(expert))
+    matrices = hidden_matrices(model) if muon else set()
     required: Schema = {}
     optional: Schema = {"trace": ((-1,), torch.float32)}
     for name, parameter in trained_parameters(model).items():
