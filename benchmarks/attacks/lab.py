@@ -71,6 +71,8 @@ class Honest:
     """Whether its experts are adapters on a base that was trained on other clips."""
     compact: bool = False
     """Whether checkpoints are published in the compact form."""
+    muon: bool = False
+    """Whether Muon trains the hidden matrices."""
 
 
 def clips(seed: int, count: int, noise: float) -> ShardData:
@@ -184,7 +186,10 @@ class Lab:
             name=f"lab {self.setting.seed}", owner=OWNER.public_key, coordinators=(OWNER.public_key,), created=1.0, expires=2.0,
             latent=LATENT, expert=self._expert(), shards=(shard,), samples_per_shard=EPOCHS * STEPS * BATCH,
             checkpoint_samples=STEPS * BATCH,
-            optimisation=Optimisation(batch=BATCH, learning_rate=RATES[self.setting.adapter], ema_decay=0.9),
+            optimisation=Optimisation(
+                batch=BATCH, learning_rate=RATES[self.setting.adapter], ema_decay=0.9,
+                optimizer="muon" if self.setting.muon else "adamw",
+            ),
             checkpoints="compact" if self.setting.compact else "float32", needs=(COMPACT,) if self.setting.compact else (),
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)

@@ -16,7 +16,7 @@ from lutetia.models.experts.objectives import row_losses
 from lutetia.models.experts.trained import published_tensors, trained_parameters
 from lutetia.models.training.checkpoint_io import Snapshot
 from lutetia.models.training.holdout_loss import holdout_rows
-from lutetia.models.training.moment_checks import FIRST, SECOND, moment_ratio
+from lutetia.models.training.moment_checks import FIRST, MUON, SECOND, moment_ratio
 from lutetia.protocol.schema.records import TrainedWith
 
 
@@ -200,9 +200,13 @@ def uphill_moments(scene: Scene) -> Snapshot:
             parameter.copy_(snapshot.parameters[name])
     _held_out_loss(scene.lab, model).backward()
     slope = {name: parameter.grad for name, parameter in trained_parameters(model).items() if parameter.grad is not None}
-    entry = 0.99 * optimisation.gradient_clip / math.sqrt(sum(gradient.numel() for gradient in slope.values()))
-    moments = {FIRST + name: -entry * gradient.sign() for name, gradient in slope.items()}
-    moments |= {SECOND + name: torch.full_like(g, 1.001 * entry**2 / moment_ratio(optimisation)) for name, g in slope.items()}
+    matrices = {name for name in slope if MUON + name in snapshot.moments}
+    plain = {name: gradient for name, gradient in slope.items() if name not in matrices}
+    entry = 0.99 * optimisation.gradient_clip / math.sqrt(max(1, sum(gradient.numel() for gradient in plain.values())))
+    moments = {FIRST + name: -entry * gradient.sign() for name, gradient in plain.items()}
+    moments |= {SECOND + name: torch.full_like(g, 1.001 * entry**2 / moment_ratio(optimisation)) for name, g in plain.items()}
+    steep = math.sqrt(sum(slope[name].square().sum().item() for name in matrices))
+    moments |= {MUON + name: slope[name] * (-0.99 * optimisation.gradient_clip / steep) for name in matrices}
     return replace(snapshot, moments=moments)
 
 

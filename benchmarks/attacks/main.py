@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ class Kind(TypedDict):
 
     adapter: bool
     compact: bool
+    muon: bool
 
 
 def audits(lab: Lab, result: Result, parent: Result | None, devices: Mapping[str, TrainedWith | None]) -> Iterator[Replays]:
@@ -141,8 +143,10 @@ async def honest(folder: Path, setting: Honest, few: bool = False) -> list[Try]:
     return tries
 
 
-async def study(tries: int, labs: int, only: str, kind: Kind, few: bool, keep: Callable[[str, Try], None]) -> None:
-    """Honest runs and lies alternate, so that an unfinished study has both."""
+async def study(
+    tries: int, labs: int, only: str, kind: Kind, few: bool, keep: Callable[[str, Try], None], done: tuple[int, int]
+) -> None:
+    """Honest runs and lies alternate, so that an unfinished study has both. `done`: tries and labs that an earlier one made."""
     honest_settings = list(settings(labs, kind))
     with tempfile.TemporaryDirectory() as root:
         rounds = max(2 * tries, labs)
@@ -150,9 +154,9 @@ async def study(tries: int, labs: int, only: str, kind: Kind, few: bool, keep: C
             folder = Path(root) / str(number)
             found = [
                 ("honest", one)
-                for one in (await honest(folder / "honest", honest_settings[number], few) if number < labs else ())
+                for one in (await honest(folder / "honest", honest_settings[number], few) if done[1] <= number < labs else ())
             ]
-            if number % 2 == 0 and number < 2 * tries:
+            if number % 2 == 0 and 2 * done[0] <= number < 2 * tries:
                 found += [("lie", one) for one in await lies(folder / "lies", number // 2, only, kind, few)]
             for name, one in found:
                 keep(name, one)
@@ -167,21 +171,25 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", default="", metavar="WORDS", help="only the lies whose names hold these words")
     parser.add_argument("--adapter", action="store_true", help="experts are adapters (LoRA) on a trained base")
     parser.add_argument("--compact", action="store_true", help="checkpoints in the compact form")
+    parser.add_argument("--muon", action="store_true", help="Muon trains the hidden matrices")
     parser.add_argument("--fewest-rows", action="store_true", help="score the fewest rows, and replay nothing")
     parser.add_argument("--keep", type=Path, default=Path(".fuzz/attacks.jsonl"), help="file for all tries, one per line")
+    parser.add_argument("--go-on", action="store_true", help="make what is missing in --keep, from the same arguments")
     parser.add_argument("--report", action="store_true", help="only print the tables of what --keep holds")
     arguments = parser.parse_args(argv)
     if not arguments.report:
         arguments.keep.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.keep.open("w") as file:
+        done = made(*read(arguments.keep)) if arguments.go_on and arguments.keep.exists() else (0, 0)
+        with arguments.keep.open("a" if arguments.go_on else "w") as file:
             asyncio.run(
                 study(
                     arguments.tries,
                     arguments.labs,
                     arguments.only,
-                    {"adapter": arguments.adapter, "compact": arguments.compact},
+                    {"adapter": arguments.adapter, "compact": arguments.compact, "muon": arguments.muon},
                     arguments.fewest_rows,
                     lambda kind, one: print(json.dumps({"kind": kind, **asdict(one)}), file=file, flush=True),
+                    done,
                 )
             )
     lying, good = read(arguments.keep)
@@ -191,6 +199,11 @@ def main(argv: Sequence[str]) -> None:
         wrong = [found for found in one.audits if "invalid" in (found.short, found.whole)]
         if one.check or wrong:
             print(f"wrongly refused: {one.who}: {one.check} {one.text} {wrong}", file=sys.stderr)
+
+
+def made(lying: Sequence[Try], good: Sequence[Try]) -> tuple[int, int]:
+    """How many times every lie was tried, and in how many runs honest nodes trained."""
+    return min(Counter(one.who for one in lying).values(), default=0), len({one.who for one in good})
 
 
 def read(kept: Path) -> tuple[list[Try], list[Try]]:

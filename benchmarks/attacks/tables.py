@@ -127,14 +127,29 @@ def honest_table(good: Sequence[Try]) -> str:
 
 
 def wedge_table(tries: Sequence[Try]) -> str:
-    """What follows for the next honest epoch, and whether the replay that two refusals ask for convicts."""
-    lines = ["| lie | passes the checks | refuses the next honest epoch | a replay of the epoch convicts |", "|---|---|---|---|"]
+    """What follows for the next honest epoch, and whether the replay that its refusal asks for convicts.
+
+    A convicted epoch is rolled back. A shard stays stopped where the next epoch is refused and the replay does not convict.
+    """
+    heads = (
+        "lie",
+        "passes the checks",
+        "refuses the next honest epoch",
+        "a replay of the epoch convicts",
+        "the shard stays stopped",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in WEDGES:
         if lies := [one for one in tries if one.who == name]:
             passed = [one for one in lies if not one.check]
             convicted = [one for one in passed if all(replay.whole == "invalid" for replay in one.audits)]
-            cells = interval(len(passed), len(lies)), interval(sum(bool(one.wedged) for one in passed), len(passed))
-            lines.append(f"| {' | '.join((name, *cells, interval(len(convicted), len(passed))))} |")
+            wedged = [one for one in passed if one.wedged]
+            stopped = [one for one in wedged if one not in convicted]
+            cells = (
+                interval(len(group), len(of))
+                for group, of in ((passed, lies), (wedged, passed), (convicted, passed), (stopped, passed))
+            )
+            lines.append(f"| {' | '.join((name, *cells))} |")
     return "\n".join(lines)
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import resource
+import signal
 import sys
 import tempfile
 import threading
@@ -41,6 +43,8 @@ from lutetia.system.process import give_way
 from tests.attacks.hivemind_swarm import anything, claim
 
 SLOW_SOCKETS, PAGE_READERS, STREAM_READERS, IDLE_CONNECTIONS, LYING_KEYS, HAMMERS = 1000, 16, 64, 700, 8, 4
+NICENESS = 10
+"""Attackers of a real coordinator have processors of their own: here they get what it leaves over."""
 PAGES = ("/", "/status.json", "/metrics", "/api/v1/openapi.json", "/api/v1/shards", "/api/v1/events?after=0&limit=1000")
 
 
@@ -67,10 +71,11 @@ class Target:
             print(json.dumps(self.done), flush=True)
 
     def follow(self) -> None:
-        """Read the next epochs from standard input, in a thread."""
+        """Read the next epochs from standard input, in a thread. When it closes the benchmark is gone, and so is the attack."""
         for line in sys.stdin:
             told = json.loads(line)
             self.epoch, self.parent = told["epoch"], told["parent"]
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def again_and_again(*deeds: Callable[[], Awaitable[None]], pause: float = 0.05) -> None:
@@ -190,7 +195,7 @@ def _give_way_below() -> None:
     """Lower the priority of p2pd, which leads a session of its own."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(OSError):
-            Path(f"/proc/{child.pid}/autogroup").write_text("5")
+            Path(f"/proc/{child.pid}/autogroup").write_text(str(NICENESS))
 
 
 async def silent_results(target: Target) -> None:
@@ -275,7 +280,7 @@ ATTACKERS: dict[str, Callable[[Target], Awaitable[None]]] = {
 
 
 def main() -> None:
-    give_way(5)
+    give_way(NICENESS)
     target = Target(json.loads(sys.stdin.readline()))
     threading.Thread(target=target.follow, daemon=True).start()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]

@@ -3,7 +3,8 @@
 A coordinator in a process of its own, on loopback. In each round an honest node at 127.0.0.1 hands in epochs of one shard while
 one attack goes on, after half as many epochs without it, to which the round is compared: other work on the machine then counts
 on both sides. Measured are the coordinator's memory, open files and processor time, p2pd and its workers included, and the time
-from an honest offer to its acceptance. Bounds that a round must not exceed are in `BOUNDS`.
+from an honest offer to its acceptance, as the node sees it and by the coordinator's own ledger. Attackers have a low
+priority, because real ones have processors of their own. Bounds that a round must not exceed are in `BOUNDS`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ from benchmarks.attacks.coordinator.attackers import (
     STREAM_READERS,
 )
 from benchmarks.report import Machine
+from lutetia.coordinator.ledger.describe import read_events
+from lutetia.coordinator.ledger.events import CheckpointAccepted, ResultSeen
 from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.ticket import Ticket
 from tests.coordinator.scripted_node import Coordinator, ScriptedNode, free_port, joined
@@ -53,13 +56,21 @@ _UNDECIDED = ("queued", "busy", "unreachable", "inconclusive")
 
 @dataclass
 class Cost:
-    """What a round cost the coordinator at most, and how long honest results waited."""
+    """What a round cost the coordinator at most, and how long honest results waited, in seconds.
+
+    `own` are the ledger's times from the arrival of an honest record to its acceptance, `checks` those of them that its checks
+    took. `busy` and `working`: processor time of the coordinator with its p2pd, and of its workers, over the round.
+    """
 
     memory: float = 0.0
     files: int = 0
     p2pd_files: int = 0
     processors: float = 0.0
     waits: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    checks: list[float] = field(default_factory=list)
+    busy: float = 0.0
+    working: float = 0.0
 
 
 @dataclass
@@ -69,11 +80,12 @@ class Scene:
     ticket: Ticket
     http: int
     honest: ScriptedNode
+    accepted: int = 0
+    """Epochs of the shard that are accepted."""
 
     def next_epoch(self) -> dict[str, object]:
         """What an attacker must know to offer a result of the next epoch."""
-        trainer = self.honest.trainers.get(0)
-        return {"epoch": (trainer.epoch if trainer else 0) + 1, "parent": self.honest.parents.get(0)}
+        return {"epoch": self.accepted + 1, "parent": self.honest.parents.get(0)}
 
 
 @dataclass
@@ -130,7 +142,7 @@ ATTACKS: dict[str, tuple[str, ...]] = {
 
 async def sample(coordinator: Coordinator, cost: Cost) -> None:
     """Follow the coordinator's processes until cancelled."""
-    began, busy_before = time.monotonic(), _busy(coordinator)
+    began, before = time.monotonic(), _processor_seconds(coordinator)
     while True:
         memory, files = 0, [0]
         for member in coordinator.family():
@@ -140,19 +152,35 @@ async def sample(coordinator: Coordinator, cost: Cost) -> None:
                 if member.name() == "p2pd":
                     cost.p2pd_files = max(cost.p2pd_files, files[-1])
         cost.memory, cost.files = max(cost.memory, memory / (1 << 20)), max(cost.files, *files)
-        cost.processors = (_busy(coordinator) - busy_before) / max(1e-3, time.monotonic() - began)
+        now = _processor_seconds(coordinator)
+        cost.busy, cost.working = (max(0.0, after - first) for first, after in zip(before, now, strict=True))
+        cost.processors = cost.busy / max(1e-3, time.monotonic() - began)
         await asyncio.sleep(0.5)
 
 
-def _busy(coordinator: Coordinator) -> float:
-    """Seconds of processor time of the coordinator itself and its p2pd."""
-    total = 0.0
+def _processor_seconds(coordinator: Coordinator) -> tuple[float, float]:
+    """Seconds of processor time of the coordinator itself with its p2pd, and of its workers."""
+    own = workers = 0.0
     for member in coordinator.family():
         with contextlib.suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
             if member.name() == "p2pd" or "worker" not in (line := " ".join(member.cmdline())) and "template" not in line:
-                times = member.cpu_times()
-                total += times.user + times.system
-    return total
+                own += times.user + times.system
+            else:
+                workers += times.user + times.system
+    return own, workers
+
+
+def own_times(folder: Path, records: Collection[str]) -> tuple[list[float], list[float]]:
+    """By the ledger in `folder`: seconds from the arrival of each of `records` to its acceptance, and those of its checks."""
+    seen, waits, checks = dict[str, float](), list[float](), list[float]()
+    for event in read_events(folder):
+        if isinstance(event, ResultSeen):
+            seen.setdefault(event.record.digest, event.time)
+        elif isinstance(event, CheckpointAccepted) and (digest := event.acceptance.checkpoint) in records:
+            waits.append(event.time - seen[digest])
+            checks.append(sum(cost.seconds for cost in event.costs))
+    return waits, checks
 
 
 async def one_round(coordinator: Coordinator, scene: Scene, attackers: Sequence[str], epochs: int) -> tuple[Cost, dict[str, int]]:
@@ -164,7 +192,7 @@ async def one_round(coordinator: Coordinator, scene: Scene, attackers: Sequence[
             attacking.append(await Attacker.start(name, scene))
             stack.push_async_callback(attacking[-1].end)
         following = [asyncio.create_task(attacker.listen()) for attacker in attacking]
-        sampling = asyncio.create_task(sample(coordinator, cost))
+        sampling, records = asyncio.create_task(sample(coordinator, cost)), set[str]()
         for _ in range(epochs):
             record = await asyncio.to_thread(scene.honest.train, 0)
             began = time.monotonic()
@@ -172,12 +200,14 @@ async def one_round(coordinator: Coordinator, scene: Scene, attackers: Sequence[
                 await asyncio.sleep(LOOK_SECONDS)
             cost.waits.append(time.monotonic() - began)
             assert reply == "accepted", reply
-            scene.honest.parents[0] = record.digest
+            scene.honest.parents[0], scene.accepted = record.digest, record.epoch
+            records.add(record.digest)
             for attacker in attacking:
                 attacker.tell(scene.next_epoch())
         for task in (sampling, *following):
             task.cancel()
         await asyncio.gather(sampling, *following, return_exceptions=True)
+    cost.own, cost.checks = await asyncio.to_thread(own_times, coordinator.folder, records)
     return cost, {f"{what} ({name})": n for name, one in zip(attackers, attacking, strict=True) for what, n in one.said.items()}
 
 
@@ -212,6 +242,14 @@ async def study(epochs: int, only: str) -> None:
 
 def _show(title: str, cost: Cost, usual: Cost, seen: dict[str, int]) -> None:
     wait, longest, base = statistics.median(cost.waits), max(cost.waits), statistics.median(usual.waits)
+    own, checks = (
+        f"{statistics.median(taken):.2f}, {statistics.median(before):.2f}"
+        for taken, before in ((cost.own, usual.own), (cost.checks, usual.checks))
+    )
+    per_epoch = (
+        f"{taken / len(cost.waits):.2f}, {before / len(usual.waits):.2f}"
+        for taken, before in ((cost.busy, usual.busy), (cost.working, usual.working))
+    )
     within = {
         "memory, times usual": cost.memory / usual.memory, "files": float(max(cost.files, cost.p2pd_files)),
         "processors": cost.processors, "acceptance, times usual": wait / base,
@@ -219,7 +257,7 @@ def _show(title: str, cost: Cost, usual: Cost, seen: dict[str, int]) -> None:
     over = [name for name, value in within.items() if value > BOUNDS[name]]
     cells = (
         title, f"{cost.memory:.0f}", cost.files, cost.p2pd_files, f"{cost.processors:.2f}", f"{wait:.2f}, {longest:.2f}",
-        f"{base:.2f}", f"{wait / base:.1f}", ", ".join(over) or "none",
+        f"{base:.2f}", f"{wait / base:.1f}", own, checks, *per_epoch, ", ".join(over) or "none",
         "; ".join(f"{count:,} {what}" for what, count in sorted(seen.items())),
     )  # fmt: skip
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -235,7 +273,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{Machine.this()}\n\nBounds: {', '.join(f'{name} {value:g}' for name, value in BOUNDS.items())}.\n")
     columns = (
         "attack", "memory, MiB", "files", "of p2pd", "processors", "acceptance, s: median, longest", "before the attack", "÷",
-        "over its bounds", "what came",
+        "by the ledger: now, before", "of it checks: now, before", "processor s an epoch, coordinator and p2pd: now, before",
+        "workers: now, before", "over its bounds", "what came",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     asyncio.run(study(arguments.epochs, arguments.only))
