@@ -152,3 +152,13 @@ class ParentChannel:
         """The messages of the parent, until it closes the channel. Blocks."""
         for line in sys.stdin.buffer:
             yield json.loads(line)
+
+
+def give_back_free_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc).
+
+    It keeps what lies between blocks that are still used: after a large file was converted tensor by tensor, as much as the file.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks.adapters.process import COUNTS
 from benchmarks.report import Machine, Row, markdown
@@ -19,17 +21,23 @@ CASES = ((16, "float32", "float32"), (8, "float32", "float32"), (16, "bfloat16",
 def run() -> list[Row]:
     rows = []
     for rank, dtype, precision in CASES:
-        command = [sys.executable, "-m", "benchmarks.adapters.process", str(rank), dtype, precision]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout)
+        with tempfile.TemporaryDirectory() as folder:
+            made, base, found = (_stage(each, folder, str(rank), dtype, precision) for each in ("make", "alone", "mixture"))
         what = f"rank {rank}, base in {dtype}"
-        detail = f"{found['parameters'] / 1e6:.0f} M parameters, adapters of {found['adapter'] / 1e6:.2f} M in {precision}"
-        rows.append(Row.of(f"{what}: the base alone", [found["base"] / 1e6], "MB resident", detail=detail))
-        for count, share in zip(COUNTS, found["shares"], strict=True):
-            budget = "≤ 1.1" if count == 4 else ""
-            rows.append(Row.of(f"{what}: {count} expert{'s' * (count > 1)} over the base alone", [share], "×", budget))
-        rows.append(Row.of(f"{what}: switching experts", [1000 * found["switch"]], "ms"))
+        detail = f"{made['parameters'] / 1e6:.0f} M parameters, adapters of {made['adapter'] / 1e6:.2f} M in {precision}"
+        rows.append(Row.of(f"{what}: the base alone", [base["base"] / 1e6], "MB resident", detail=detail))
+        for count, taken in zip(COUNTS, found["experts"], strict=True):
+            named = f"{count} expert{'s' * (count > 1)}"
+            rows.append(Row.of(f"{what}: {named} over the base alone", [taken / base["base"]], "×", "≤ 1.1"))
+        rows.append(Row.of(f"{what}: switching to an adapter in memory", [1000 * found["switch"]], "ms"))
+        rows.append(Row.of(f"{what}: asking all experts in turn, more for each", [1000 * found["read"]], "ms"))
     return rows
+
+
+def _stage(stage: str, *arguments: str) -> Any:
+    command = [sys.executable, "-m", "benchmarks.adapters.process", stage, *arguments]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def main(argv: Sequence[str]) -> None:

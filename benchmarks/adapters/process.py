@@ -1,21 +1,25 @@
-"""Measures in a process of its own what experts on one base take: `python -m … RANK DTYPE PRECISION`, JSON on stdout."""
+"""What experts on one base take, in a process of its own: `python -m … STAGE FOLDER RANK DTYPE PRECISION`, JSON on stdout.
+
+The stages: `make` writes base and mixture into the folder, `alone` loads the base, `mixture` the mixture.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
+import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from benchmarks.fuzz.examples import LATENT, OWNER, blob
-from lutetia.models.experts.families import build_expert, call_expert, weight_schema
-from lutetia.models.experts.trained import trained_parameters
-from lutetia.models.mixing.adapter_experts import AdapterExperts
+from lutetia.models.experts.adapters.base_model import build_base
+from lutetia.models.experts.families import build_expert, call_expert, construct, weight_schema
+from lutetia.models.mixing.adapter_experts import cast_parameters
 from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
 from lutetia.models.mixture import MixtureTransformer
@@ -26,6 +30,7 @@ from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseDtype, BaseSp
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
 
+Figures = dict[str, float | list[float]]
 COUNTS = (1, 2, 4, 8)
 NETWORK = ExpertSpec(
     config={
@@ -54,52 +59,69 @@ def run_of(spec: ExpertSpec) -> Manifest:
     )  # fmt: skip
 
 
+def make(folder: Path, rank: int, dtype: BaseDtype) -> Figures:
+    """Write a base and a mixture of adapters on it."""
+    model = build_expert(NETWORK, 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    write_tensors(folder / _FILE, {key: tensor.contiguous() for key, tensor in model.state_dict().items()})
+    del model
+    base = BaseSpec(source="base", files={_FILE: ChunkTable.of_file(folder / _FILE).ref}, dtype=dtype)
+    spec = NETWORK.model_copy(update={"adapter": AdapterSpec(rank=rank, alpha=rank, base=base)})
+    schema = weight_schema(spec)
+    for k in range(max(COUNTS)):
+        write_tensors(folder / f"weights{k}", {key: 0.01 * torch.randn(shape) for key, (shape, _) in schema.items()})
+    manifest = run_of(spec)
+    stitch(folder / "mixture", manifest, [folder / f"weights{k}" for k in range(max(COUNTS))], build_router(manifest))
+    return {"parameters": parameters, "adapter": sum(torch.Size(shape).numel() for shape, _ in schema.values())}
+
+
 @torch.no_grad()
-def main(rank: int, dtype: BaseDtype, precision: str) -> dict[str, float | list[float]]:
-    """The figures; `precision` is that of the mixture, in which adapters are held."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = build_expert(NETWORK, 0)
-        parameters = sum(p.numel() for p in model.parameters())
-        write_tensors(folder / _FILE, {key: tensor.contiguous() for key, tensor in model.state_dict().items()})
-        del model
-        base = BaseSpec(source="base", files={_FILE: ChunkTable.of_file(folder / _FILE).ref}, dtype=dtype)
-        spec = NETWORK.model_copy(update={"adapter": AdapterSpec(rank=rank, alpha=rank, base=base)})
-        schema = weight_schema(spec)
-        for k in range(max(COUNTS)):
-            write_tensors(folder / f"weights{k}", {key: 0.01 * torch.randn(shape) for key, (shape, _) in schema.items()})
-        manifest = run_of(spec)
-        stitch(folder / "mixture", manifest, [folder / f"weights{k}" for k in range(max(COUNTS))], build_router(manifest))
-        before = resident()
-        mixture = MixtureTransformer.from_pretrained(
-            folder / "mixture" / "transformer", base=folder, torch_dtype=getattr(torch, precision)
-        )
-        x, tokens = torch.randn(1, *LATENT.shape), torch.randn(1, LATENT.text_tokens, LATENT.text_width)
-        x, tokens, t = x.to(mixture.dtype), tokens.to(mixture.dtype), torch.tensor([0.5])
+def alone(folder: Path, dtype: BaseDtype, precision: torch.dtype) -> Figures:
+    """What the base takes without any adapter, after it was asked once: what is read from a file counts once it is used."""
+    before = resident()
+    model = cast_parameters(build_base(lambda: construct(NETWORK), {_FILE: folder / _FILE}, dtype).eval(), precision)
+    x, t, tokens = _question(precision)
+    call_expert(model, x, t, tokens)
+    return {"base": resident() - before}
 
-        def ask(k: int) -> float:
-            began = time.perf_counter()
-            mixture.expert(k)(x, t, tokens, None)
-            return time.perf_counter() - began
 
-        assert isinstance(mixture._read, AdapterExperts)
-        model = mixture._read._resident()
-        call_expert(model, x, t, tokens)  # what is read from a file counts once it is used
-        slot = sum(p.numel() * p.element_size() for p in trained_parameters(model).values())
-        base_bytes = resident() - before - slot
-        shares = []
-        for k in range(max(COUNTS)):
-            ask(k)
-            if k + 1 in COUNTS:
-                shares.append((resident() - before) / base_bytes)
-        again = [ask(0) for _ in range(5)]
-        switched = [ask(k % 2 + 1) for k in range(10)]
-    adapter = sum(torch.Size(shape).numel() for shape, _ in schema.values())
-    return {
-        "parameters": parameters, "adapter": adapter, "base": base_bytes, "shares": shares,
-        "switch": sorted(switched)[5] - sorted(again)[2],
-    }  # fmt: skip
+@torch.no_grad()
+def mixture(folder: Path, precision: torch.dtype) -> Figures:
+    """What the mixture takes when 1, 2, … of its experts have been asked, and how long a switch between experts takes."""
+    before = resident()
+    loaded = MixtureTransformer.from_pretrained(folder / "mixture" / "transformer", base=folder, torch_dtype=precision)
+    x, t, tokens = _question(precision)
+
+    def ask(k: int) -> float:
+        began = time.perf_counter()
+        loaded.expert(k)(x, t, tokens, None)
+        return time.perf_counter() - began
+
+    experts = []
+    for k in range(max(COUNTS)):
+        ask(k)
+        if k + 1 in COUNTS:
+            experts.append(resident() - before)
+    again = [ask(0) for _ in range(5)]
+    held = [ask(k % 2) for k in range(10)]
+    read = [ask(k % max(COUNTS)) for k in range(1, 11)]
+    same = statistics.median(again)
+    return {"experts": experts, "switch": statistics.median(held) - same, "read": statistics.median(read) - same}
+
+
+def _question(precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *LATENT.shape, generator=generator)
+    tokens = torch.randn(1, LATENT.text_tokens, LATENT.text_width, generator=generator)
+    return x.to(precision), torch.tensor([0.5]), tokens.to(precision)
+
+
+def main(stage: str, folder: Path, rank: int, dtype: BaseDtype, precision: str) -> Figures:
+    """The figures of a stage; `precision` is the data type of the mixture, in which adapters are held."""
+    if stage == "make":
+        return make(folder, rank, dtype)
+    return alone(folder, dtype, getattr(torch, precision)) if stage == "alone" else mixture(folder, getattr(torch, precision))
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], sys.argv[3])))  # pyright: ignore[reportArgumentType]
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])))  # pyright: ignore[reportArgumentType]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from lutetia.system.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+SHARE_OF_BASE = 0.08
+"""Bytes of adapters that are held, over those of the base, where nobody says how many: with what else a process takes, a mixture
+stays below 1.1 times its base, whatever the number of experts."""
 GivenBase = Path | str | Mapping[str, Path] | None
 """A folder, or the files by name where their digests have been compared; None: what was downloaded before."""
 
@@ -70,9 +74,12 @@ def _download(base: BaseSpec) -> None:
 class AdapterExperts:
     """Reads the experts of a mixture of adapters. All of them run on the same base, which is read once.
 
+    Adapters stay in memory while they take at most `SHARE_OF_BASE` of the base's bytes, at least one, or as many as the mixture's
+    `experts_in_memory` says. Others are read again at their next use, which takes milliseconds.
+
     Args:
         folder: the mixture.
-        mixture: its MixtureTransformer, whose `device` and `dtype` experts get.
+        mixture: its MixtureTransformer, whose `device`, `dtype` and `experts_in_memory` hold for experts.
         network: their network and adapter, of the description.
         base: the base's files.
     """
@@ -80,29 +87,55 @@ class AdapterExperts:
     def __init__(self, folder: MixtureFolder, mixture: Any, network: ExpertSpec, base: BaseFiles) -> None:
         self._folder, self._mixture, self._network, self._files = folder, mixture, network, base
         self._model: nn.Module | None = None
-        self._dtype: torch.dtype | None = None
+        self._form: tuple[torch.device, torch.dtype] | None = None
         self._slots: Mapping[str, nn.Parameter] = {}
-        self._placed: Mapping[str, Tensor] | None = None
+        self._adapters: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._placed: int | None = None
+        self._base_bytes = 0
 
     def __call__(self, index: int) -> Denoiser:
         entry = self._mixture.config["experts"][index]
         kind = ExpertKind.model_validate({name: entry[name] for name in ExpertKind.model_fields if name in entry})
-        tensors, model = self._tensors(entry["folder"]), self._resident()
+        model = self._resident()
         answer = module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.inputs_of(kind))
-        log.info("read expert %d, an adapter of %d tensors, from %s", index, len(tensors), entry["folder"])
+        self._adapter(index)
 
         def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
-            self._place(tensors, x_t.device)
+            self._place(index, x_t.device)
             return answer(x_t, t, tokens, pooled)
 
         return denoise
 
     def free(self) -> None:
-        """Drop the base from memory. Denoisers that were given before are of no use afterwards."""
-        self._model, self._slots, self._placed = None, {}, None
+        """Drop base and adapters from memory. Denoisers that were given before are of no use afterwards."""
+        self._model, self._form, self._slots = None, None, {}
+        self._forget()
 
-    def _tensors(self, part: str) -> dict[str, Tensor]:
-        """The adapter's tensors by published name, on the mixture's device and in its data type. Raises IntegrityError."""
+    def _forget(self) -> None:
+        self._adapters.clear()
+        self._placed = None
+
+    def _adapter(self, index: int) -> dict[str, Tensor]:
+        """The tensors of an adapter by published name, on the mixture's device and in its data type. Raises IntegrityError."""
+        if index in self._adapters:
+            self._adapters.move_to_end(index)
+            return self._adapters[index]
+        size = sum(4 * torch.Size(shape).numel() for shape, _ in weight_schema(self._network).values())
+        self._make_room(size * self._mixture.dtype.itemsize // 4)
+        part = self._mixture.config["experts"][index]["folder"]
+        self._adapters[index] = self._read(part)
+        log.info("read expert %d, an adapter of %d tensors, from %s", index, len(self._adapters[index]), part)
+        return self._adapters[index]
+
+    def _make_room(self, size: int) -> None:
+        """Drop the adapters that were not used for longest until one of `size` bytes more may be held."""
+        most = self._mixture.experts_in_memory or max(1, int(SHARE_OF_BASE * self._base_bytes) // size)
+        while len(self._adapters) >= most:
+            dropped, _ = self._adapters.popitem(last=False)
+            if dropped == self._placed:
+                self._take_out()
+
+    def _read(self, part: str) -> dict[str, Tensor]:
         name = f"{part}/{LORA_FILE}"
         path = self._folder.check(name)
         with self._folder.reading(name):
@@ -114,29 +147,39 @@ class AdapterExperts:
 
     def _resident(self) -> nn.Module:
         """The base with the place for an adapter, read again when the data type has changed."""
-        adapter = self._network.adapter
+        adapter, form = self._network.adapter, (self._mixture.device, self._mixture.dtype)
         assert adapter
-        if self._model is None or self._dtype != self._mixture.dtype:
+        if self._model is not None and self._form == form:
+            return self._model
+        self._forget()
+        if self._model is None or self._form is None or self._form[1] != form[1]:
             self._model = None  # before another one is read
             self._model = build_base(lambda: construct(self._network), self._files, adapter.base.dtype).eval()
-            add_adapter(self._model, adapter)
-            self._dtype = self._mixture.dtype
-            _cast(self._model, self._mixture.dtype)
-        self._model.to(self._mixture.device)
-        self._slots, self._placed = trained_parameters(self._model), None
+            add_adapter(self._model, adapter, empty=True)
+            cast_parameters(self._model, form[1])
+            self._base_bytes = sum(t.nbytes for t in (*self._model.parameters(), *self._model.buffers()))
+        self._model.to(form[0])
+        self._form, self._slots = form, trained_parameters(self._model)
         return self._model
 
-    def _place(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Make `tensors` the adapter: the model's parameters then share their memory, so that nothing is copied."""
-        if self._placed is not tensors:
+    def _place(self, index: int, device: torch.device) -> None:
+        """Make expert `index` the adapter: the model's parameters then share its memory, so that nothing is copied."""
+        tensors = self._adapter(index)
+        if self._placed != index:
             for name, parameter in self._slots.items():
                 parameter.data = tensors[name].to(device)
-            self._placed = tensors
+            self._placed = index
+
+    def _take_out(self) -> None:
+        for parameter in self._slots.values():
+            parameter.data = parameter.data.new_empty(0)
+        self._placed = None
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast the parameters as `from_pretrained` of diffusers does: those of the modules that its class names stay in float32."""
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
         if not exact & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
+    return model

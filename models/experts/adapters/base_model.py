@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lutetia.models.experts.adapters.frozen_linear import FrozenLinear
 from lutetia.protocol.schema.model.adapter import BaseDtype
 from lutetia.system.errors import ConfigError
+from lutetia.system.process import give_back_free_memory
 
 BaseFiles = Mapping[str, Path]
 """The base's weights files on this machine by the names that the manifest gives them. Their digests have been compared."""
@@ -39,6 +40,7 @@ def build_base(construct: Callable[[], nn.Module], base: Base, dtype: BaseDtype)
         raise ConfigError(
             f"the base lacks {len(missing)} tensors of the network, among them {min(missing)}; use the base that the run names"
         )
+    give_back_free_memory()
     return model
 
 
@@ -66,9 +68,14 @@ def _put(model: nn.Module, name: str, tensor: Tensor, dtype: BaseDtype) -> None:
     ):
         raise ConfigError(f"{name} of the base has shape {list(given)}, not {list(wanted)}; use the base that the run names")
     if leaf in owner._buffers:
-        owner._buffers[leaf] = tensor.float()
+        owner._buffers[leaf] = _apart(tensor, dtype)
     elif leaf == "weight" and isinstance(owner, nn.Linear) and "blocks." in name and dtype != "float32":
         parent, _, own = owner_name.rpartition(".")
         setattr(model.get_submodule(parent), own, FrozenLinear(tensor, owner.bias, dtype))
     else:
-        owner._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(_apart(tensor, dtype), requires_grad=False)
+
+
+def _apart(tensor: Tensor, dtype: BaseDtype) -> Tensor:
+    """The tensor in float32. Where most of the file is kept in another form, a copy: a view keeps the whole file in memory."""
+    return tensor.float() if dtype == "float32" else tensor.to(torch.float32, copy=True)

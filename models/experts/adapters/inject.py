@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lutetia.models.experts.trained import ADAPTER, trained_parameters
 from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.system.errors import ConfigError
+from lutetia.system.process import give_back_free_memory
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,8 +27,13 @@ def adapter_config(spec: AdapterSpec) -> LoraConfig:
     )
 
 
-def add_adapter(model: nn.Module, spec: AdapterSpec) -> None:
+def add_adapter(model: nn.Module, spec: AdapterSpec, empty: bool = False) -> None:
     """Put the adapter into the model, frozen but for it. Its values are not set yet: `reset_adapter` or `load_trained` do that.
+
+    Args:
+        model: the base.
+        spec: the adapter.
+        empty: leave its tensors without memory, for a caller that puts others in their place before the model is asked.
 
     Raises ConfigError when a target names no layer, or one that is not linear.
     """
@@ -40,9 +46,20 @@ def add_adapter(model: nn.Module, spec: AdapterSpec) -> None:
             raise ConfigError(f"the adapter's target {target!r} {what} of {type(model).__name__}; correct expert.adapter.targets")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of the base's own settings
-        inject_adapter_in_model(adapter_config(spec), model, adapter_name=ADAPTER)
+        bare = empty and not spec.dora  # peft computes the lengths of DoRA from the base
+        inject_adapter_in_model(adapter_config(spec), model, adapter_name=ADAPTER, low_cpu_mem_usage=bare)
+    if empty:
+        _empty(model)
     for parameter in trained_parameters(model).values():
         parameter.data = parameter.data.float()  # peft gives it the data type of the base
+    give_back_free_memory()  # peft looks at the weights of the base, which are unpacked for it
+
+
+def _empty(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                module._parameters[name] = nn.Parameter(torch.empty(0))
 
 
 @torch.no_grad()

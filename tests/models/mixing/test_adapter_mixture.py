@@ -18,7 +18,7 @@ from torch import Tensor
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.families import call_expert, full_config
 from lutetia.models.experts.trained import load_trained, trained_parameters
-from lutetia.models.mixing.adapter_experts import AdapterExperts
+from lutetia.models.mixing.adapter_experts import SHARE_OF_BASE, AdapterExperts
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.mixing.router import build_router
 from lutetia.models.mixing.stitch import stitch
@@ -88,6 +88,19 @@ def test_experts_share_one_base_and_answer_as_if_each_were_alone(mixture) -> Non
     read = loaded._read
     assert isinstance(read, AdapterExperts)
     assert read._resident() is read._resident()
+    size = sum(tensor.nbytes for tensor in mixture.adapters[0].values())
+    assert size > SHARE_OF_BASE * read._base_bytes, "only one adapter of so small a base may be held"
+    assert len(read._adapters) == 1
+    loaded.experts_in_memory = 2
+    for k in range(3):
+        loaded.expert(k)(data.latents[:1], t[:1], data.tokens[:1], None)
+    assert list(read._adapters) == [1, 2], "those that were used last"
+    read._make_room(size)
+    read._make_room(size)
+    assert list(read._adapters) == [2]
+    held = {tensor.data_ptr() for tensor in read._adapters[2].values()}
+    assert {slot.data_ptr() for slot in read._slots.values()} == held, "the place of the adapter has no memory of its own"
+    loaded.experts_in_memory = None
     loaded.free_experts()
     assert read._model is None, "the base is freed with the experts"
     again = loaded(data.latents[:3], 1000 * t, data.tokens[:3], weights=torch.eye(3), return_dict=False)[0]
