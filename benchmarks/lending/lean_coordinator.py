@@ -1,11 +1,13 @@
 """`python -m benchmarks lean-coordinator`: memory of a coordinator that computes nothing, over a whole run with real nodes.
 
-Nodes train two shards, check and replay each other's results, and train and measure the router, all on this machine.
+Nodes train two shards, check and replay each other's results, train and measure the router, evaluate mixtures and sample their
+gallery, all on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import socket
 import subprocess
@@ -22,19 +24,21 @@ from benchmarks.attacks.lab import clips
 from benchmarks.fuzz.examples import LATENT, WAN
 from benchmarks.report import Machine
 from lutetia.coordinator.admin.create import CreatedRun, create_run
-from lutetia.coordinator.admin.reserve import draw_reserve
-from lutetia.coordinator.ledger.describe import tell
+from lutetia.coordinator.ledger.describe import read_events, tell
+from lutetia.coordinator.ledger.events import MixtureStitched
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data.cluster.report import ClusterReport
 from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
 from lutetia.models.data.parts.index import Split
 from lutetia.models.data.parts.writer import write_shard
+from lutetia.models.mixing.description import verify_mixture
 from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
-from lutetia.protocol.schema.model.training_spec import Optimisation
+from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec
 
 SHARDS, CHECKERS, EPOCHS, STEPS, BATCH = 2, 3, 3, 8, 4
-HELD_OUT, CLIPS_OF_A_CHECK = 16, 2
+HELD_OUT = 16
 LIMIT_MIB = 300
 _LONGEST = 1800.0
 
@@ -59,10 +63,29 @@ def make_run(root: Path) -> CreatedRun:
         preset="tiny", name="lean", addresses=(f"127.0.0.1:{port}",), expert=ExpertSpec(config=WAN),
         optimisation=Optimisation(batch=BATCH, learning_rate=2e-3, ema_decay=0.9),
         samples_per_shard=EPOCHS * STEPS * BATCH, checkpoint_samples=STEPS * BATCH,
+        sampling=SamplingSpec(steps=4, prompts=("kind 0", "kind 1")),
     )  # fmt: skip
-    run = create_run(root / "data", root / "run", settings)
-    draw_reserve(run.folder, CLIPS_OF_A_CHECK)
-    return run
+    return create_run(root / "data", root / "run", settings)
+
+
+def write_settings(root: Path) -> Path:
+    """The coordinator's settings, which name all nodes as checkers; their keys are made."""
+    keys = []
+    for folder in node_folders(root):
+        folder.mkdir()
+        identity = Identity.generate()
+        identity.save(folder / "identity.key")
+        keys.append(identity.public_key)
+    named = ", ".join(f'"{key}"' for key in keys)
+    path = root / "serve.toml"
+    path.write_text(
+        f'[serve]\nlend_checks = true\nstitch = "refresh"\nrefresh_seconds = 1.0\nexit_when_done = true\ncheckers = [{named}]\n'
+    )
+    return path
+
+
+def node_folders(root: Path) -> list[Path]:
+    return [root / f"node {number}" for number in range(SHARDS + CHECKERS)]
 
 
 @contextmanager
@@ -80,13 +103,12 @@ def measure(run: CreatedRun, root: Path) -> tuple[float, set[str], float]:
     """(MiB of the coordinator's process at most, what processes it had, seconds of the run)."""
     began, peak, kinds = time.monotonic(), 0.0, set[str]()
     with ExitStack() as stack:
-        options = ("--lend-checks", "--stitch", "end", "--exit-when-done")
+        options = ("--config", str(write_settings(root)))
         coordinator = stack.enter_context(command("coordinator", "serve", str(run.folder), *options))
         while not (run.folder / "status.json").exists() and coordinator.poll() is None:
             time.sleep(0.2)  # the file is made by another process, and nothing else tells of it
-        for number in range(SHARDS + CHECKERS):
-            folder = str(root / f"node {number}")
-            options = ("--state-folder", folder, "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu", "--threads", "1")
+        for folder in node_folders(root):
+            options = ("--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu", "--threads", "1")
             stack.enter_context(command("join", run.ticket, *options))
         process = psutil.Process(coordinator.pid)
         while coordinator.poll() is None and time.monotonic() - began < _LONGEST:
@@ -109,12 +131,23 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         run = make_run(Path(name))
         peak, kinds, seconds = measure(run, Path(name))
-        totals = [line for line in tell(run.folder) if line.startswith("check ") or "results accepted" in line]
+        story = list(tell(run.folder))
+        totals = [line for line in story if line.startswith("check ") or "results accepted" in line]
+        stitched = [event for event in read_events(run.folder) if isinstance(event, MixtureStitched)]
+        mixture = verify_mixture(run.folder / "mixture", run.manifest.coordinators)
+        listed = run.folder / "gallery" / "gallery.json"
+        gallery = json.loads(listed.read_text()) if listed.exists() else {"mixture": "", "clips": []}
     print(f"{Machine.this()}\n")
     print(f"A run of {SHARDS} shards and {EPOCHS} epochs each, {SHARDS + CHECKERS} nodes, {seconds:.0f} s.\n")
     print("| what | value |\n|---|---|")
     print(f"| largest resident memory of the coordinator's process | {peak:.0f} MiB (limit {LIMIT_MIB}) |")
     print(f"| its processes while it served | {', '.join(sorted(kinds))} |")
+    print(f"| mixtures stitched | {len(stitched)}, of which {sum(event.current for event in stitched)} became current |")
+    for event in stitched:
+        print(f"| mixture of epochs {list(event.epochs)} | {'current' if event.current else 'kept'}: {event.text} |")
+    print(f"| routing of the last one | {mixture.routing.text if mixture.routing else 'not measured'} |")
+    shown = gallery["mixture"] == mixture.digest
+    print(f"| gallery | {len(gallery['clips'])} clips of the {'last' if shown else 'a former'} mixture |")
     for line in totals:
         what, _, value = line.partition(": ")
         print(f"| {what} | {value} |")

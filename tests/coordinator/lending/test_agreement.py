@@ -11,7 +11,15 @@ import pytest
 from lutetia.coordinator.lending.agreement import MOST_REPORTS, ROWS_APART, agree, settle
 from lutetia.coordinator.lending.reports import well_formed
 from lutetia.protocol.rpc.audit_request import AuditJob
-from lutetia.protocol.rpc.check_request import CheckJob, CheckReport, ReplayCheck, ResultCheck
+from lutetia.protocol.rpc.check_request import (
+    CheckJob,
+    CheckReport,
+    GalleryCheck,
+    LentMixture,
+    MixtureCheck,
+    ReplayCheck,
+    ResultCheck,
+)
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import TrainedWith
 
@@ -85,6 +93,26 @@ def test_rows_are_compared_as_far_as_both_go_and_no_nearer():
     assert agree(report("ann", raw=(*ROWS[:-1], None)), report("ben", raw=(*ROWS[:-1], None)))
 
 
+def test_rows_that_nobody_confirmed_do_not_count():
+    """A quick liar scores more rows than the others, and lies on those."""
+    settled = settle([report("liar", averages=(*ROWS, *[0.1] * 8)), report("ann")])
+    assert settled is not None
+    assert settled.report is not None
+    assert settled.report.owner == key("liar"), "it agrees where both have scored"
+    assert settled.report.averages == ROWS
+
+
+def test_mixtures_agree_on_the_way_of_routing_and_on_the_rows():
+    of_mixture: dict[str, Any] = {"mode": "top2", "temperature": 1.0, "raw": ()}
+    first = {**of_mixture, "parent": ()}
+    assert agree(report("ann", **of_mixture), report("ben", 1 + ROWS_APART / 2, **of_mixture), fewest=8)
+    assert agree(report("ann", **first), report("ben", **first), fewest=8), "the first one is compared with none"
+    assert not agree(report("ann", **of_mixture), report("ben", **{**of_mixture, "mode": "top1"}), fewest=8)
+    assert not agree(report("ann", **of_mixture), report("ben", **{**of_mixture, "temperature": 2.0}), fewest=8)
+    assert not agree(report("ann", **of_mixture), report("ben", 1.1, **of_mixture), fewest=8)
+    assert not agree(report("ann", **of_mixture), report("ben", **first), fewest=8)
+
+
 def test_refusals_agree_by_their_check():
     refused = [
         report(name, outcome="refused", check=check) for name, check in (("a", "format"), ("b", "format"), ("c", "numbers"))
@@ -113,6 +141,10 @@ def test_routers_agree_on_the_same_file_only():
 
 RESULT = ResultCheck(weights=REF, state=REF, trace=REF, holdout=REF, draw="d" * 64, rows=16, fewest=8, seconds=1.0)
 AUDIT = AuditJob(checkpoint="c" * 64, shard=0, epoch=1, epochs=2, steps=16, precision="float32", end_state=REF, until=0.0)
+MIXTURE = MixtureCheck(
+    new=LentMixture(weights={0: REF}), current=LentMixture(weights={0: REF}), holdout=(REF,), draw="d" * 64, seconds=1.0,
+    choose=True,
+)  # fmt: skip
 REPLAY = ReplayCheck(audit=AUDIT, near=1e-3, far=0.2, coarse=False)
 
 
@@ -127,6 +159,12 @@ REPLAY = ReplayCheck(audit=AUDIT, near=1e-3, far=0.2, coarse=False)
         ({"kind": "replay", "replay": REPLAY}, replayed("ann"), True),
         ({"kind": "replay", "replay": REPLAY}, replayed("ann", drift=None), False),
         ({"kind": "replay", "replay": REPLAY}, report("ann"), False),
+        ({"kind": "mixture", "mixture": MIXTURE}, report("ann", mode="top1", temperature=1.0), True),
+        ({"kind": "mixture", "mixture": MIXTURE}, report("ann", mode="top1", temperature=1.0, parent=()), False),
+        ({"kind": "mixture", "mixture": MIXTURE}, report("ann", mode="top1", temperature=1.0, averages=ROWS[:7]), False),
+        ({"kind": "mixture", "mixture": MIXTURE}, report("ann", temperature=1.0), False),
+        ({"kind": "gallery", "gallery": GalleryCheck(mixture=REF)}, report("ann", pictures=REF), True),
+        ({"kind": "gallery", "gallery": GalleryCheck(mixture=REF)}, report("ann"), False),
         ({"kind": "router"}, report("ann", router=REF, accuracy=0.5), True),
         ({"kind": "router"}, report("ann", accuracy=0.5), False),
         ({"kind": "router-report", "router": REF}, report("ann", router=BlobRef(digest="b" * 64, size=1), accuracy=0.5), False),
