@@ -100,6 +100,11 @@ class RunFolder:
         return self.root / "incoming"
 
     @property
+    def merging(self) -> Path:
+        """The epoch that is being merged from its lanes."""
+        return self.root / "merging"
+
+    @property
     def ledger(self) -> Path:
         return self.root / "ledger.sqlite"
 

@@ -40,6 +40,7 @@ from lutetia.coordinator.runtime.announcer import Announcer
 from lutetia.coordinator.runtime.audit_service import AuditService, free_auditors
 from lutetia.coordinator.runtime.check_runner import NetworkCheckRunner
 from lutetia.coordinator.runtime.judge_loop import JudgeLoop
+from lutetia.coordinator.runtime.lanes.merger import LaneMerger
 from lutetia.coordinator.runtime.manifest_watch import ManifestNotifier, ManifestWatch
 from lutetia.coordinator.runtime.offer_service import OfferService
 from lutetia.coordinator.runtime.operator_notes import OperatorNotes
@@ -165,12 +166,15 @@ class Service:
         self.offer_service = OfferService(self.transport, self.judge_loop, admission)
         self.swarm_monitor = SwarmMonitor(
             self.transport, self.manifest, self.offer_service.offer_found, self._accepted,
-            lambda slot: self.judge_loop.state.run.slot_view(slot), self._credit_copies,
+            lambda slot: self.judge_loop.state.run.slot_view(slot), self._credit_copies, self._barred,
         )  # fmt: skip
         self.announcer.swarm_monitor = self.swarm_monitor
         self.copy_keeping = CopyKeeping(self.manifest.optimisation.batch)
         self.judge_loop.auditors = lambda: free_auditors(self.swarm_monitor.view)
         gallery = self.settings.gallery and (self.lender is None or self.lender.named)
+        if self.manifest.team:
+            self.judge_loop.at_work = lambda: self.swarm_monitor.view.at_work
+            self.judge_loop.merge = self._merger().merge
         self.stitcher = Stitcher(
             self.folder, self.manifest, self.identity, self.blobs, self.judge_loop, self.mixture_worker, self.transport.now,
             self.settings.stitch, self.settings.refresh_seconds, gallery, self.archive,
@@ -277,6 +281,14 @@ class Service:
         archive.open(self.folder.mixture, self.ledger.state.mixture and self.ledger.state.mixture.mixture)
         return archive
 
+    def _merger(self) -> LaneMerger:
+        """Merging needs a process also where checks are lent."""
+        worker = self._worker("merging")
+        self.workers = (*self.workers, worker)
+        return LaneMerger(
+            self.folder.merging, self.live, self.identity, self.blobs, self.incoming, worker, self.transport.now
+        )  # fmt: skip
+
     def _measuring(self, holdouts: Holdouts) -> Measuring:
         return Measuring(holdouts.draw("mixtures"), self.settings.mixture_seconds, self.settings.routing == "measured")
 
@@ -319,6 +331,10 @@ class Service:
 
     def _most_epochs(self) -> int:
         return max(self.judge_loop.state.run.accepted_epochs, default=0)
+
+    def _barred(self) -> set[str]:
+        """Public keys of the peers whose claims count nowhere."""
+        return self.judge_loop.state.run.quarantined.keys() | {ban.peer for ban in self.manifest.orders.banned}
 
     def _bans(self, peer_id: str) -> bool:
         return self.manifest.orders.bans(peer_id)

@@ -181,8 +181,8 @@ class CheckRunner(Protocol):
         """Fetch all blobs, within the fraction `patience` of the usual time, and compare them with their names."""
         ...
 
-    async def inspect(self, record: CheckpointRecord) -> None:
-        """Checks `format` and `numbers` of fetched blobs."""
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
+        """Checks `format` and `numbers` of fetched blobs. `lanes`: those that were merged into it, if it is a merged epoch."""
         ...
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
@@ -208,6 +208,7 @@ class CandidateUnderCheck:
     clock: Callable[[], float]
     parent: AcceptanceRecord | None = None
     patience: float = 1.0
+    lanes: tuple[int, ...] = ()
     parent_losses: Losses = ()
     losses: Losses = ()
     check: CheckName = "transfer"
@@ -241,7 +242,7 @@ async def check_transfer(candidate: CandidateUnderCheck) -> Verdict | None:
 
 
 async def check_contents(candidate: CandidateUnderCheck) -> Verdict | None:
-    await candidate.measure(candidate.runner.inspect(candidate.record), candidate.size)
+    await candidate.measure(candidate.runner.inspect(candidate.record, candidate.lanes), candidate.size)
     return None
 
 
@@ -335,6 +336,7 @@ async def run_checks(
     manifest: Manifest,
     runner: CheckRunner,
     clock: Callable[[], float],
+    lanes: tuple[int, ...] = (),
 ) -> Verdict:
     """Run the checks from `format` to `raw`; the first that fails ends it.
 
@@ -344,8 +346,9 @@ async def run_checks(
         manifest: the run's manifest, for its tolerances.
         runner: fetches, reads and computes.
         clock: seconds, for what each check costs.
+        lanes: the lanes whose results were merged into it; empty: it is the result of its record's lane.
     """
-    candidate = CandidateUnderCheck(record, manifest, runner, clock, parent)
+    candidate = CandidateUnderCheck(record, manifest, runner, clock, parent, lanes=lanes)
     return replace(await _first_failure(candidate, LOCAL_CHECKS), rules=manifest.version)
 
 

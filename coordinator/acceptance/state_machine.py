@@ -131,8 +131,8 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
         transition.start_checks()
         transition.start_fetches()
         start_proofs(transition)
+        start_merges(transition)
     start_audit(transition)
-    start_merges(transition)
     return transition.state, tuple(transition.actions)
 
 

@@ -148,7 +148,10 @@ def _verdict(
 ) -> str:
     match event:
         case LaneDropped():
-            return f"is left out of lane {event.lane}: its author was quarantined"
+            why = (
+                "its author was quarantined" if event.why == "quarantine" else "the coordinator can make no epoch of it any more"
+            )
+            return f"is left out of lane {event.lane}: {why}"
         case ResultRefused():
             again = "" if event.again_at is None else f"; tried again in {event.again_at - event.time:.0f} s"
             return f"is {event.verdict}, check {event.check}: {event.text}{again}"

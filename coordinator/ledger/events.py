@@ -201,10 +201,13 @@ class LaneAccepted(_Event):
 
 
 class LaneDropped(_Verdict):
-    """An accepted result that waits for its merge is left out: its author was quarantined."""
+    """An accepted result that waits for its merge is left out."""
 
     kind: Literal["lane-dropped"] = "lane-dropped"
     lane: LaneIndex = Field(description="Lane of the result.")
+    why: Literal["quarantine", "unreadable"] = Field(
+        default="quarantine", description="Its author was quarantined, or the coordinator cannot make an epoch of it any more."
+    )
 
 
 class LanesMerged(_Event):

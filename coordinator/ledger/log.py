@@ -213,15 +213,22 @@ class Ledger:
         """Digests of the training states, and of weights and traces too, of all results that were ever accepted.
 
         Reads the whole file, while others may append. May be called from any thread.
+
+        Args:
+            states_only: leave out weights and traces of epochs, but not the weights of lanes' results.
         """
-        accepted = "FROM events WHERE event ->> '$.kind' = 'checkpoint-accepted'"
-        queries = [f"SELECT event ->> '$.acceptance.state.digest' {accepted}"]
-        if not states_only:
-            queries.append(f"SELECT event ->> '$.acceptance.weights.digest' {accepted}")
-            queries.append("SELECT event ->> '$.record.trace.digest' FROM events WHERE event ->> '$.kind' = 'checkpoint-seen'")
+        epochs, lanes = "IN ('checkpoint-accepted', 'lanes-merged')", "= 'lane-accepted'"
+        kept = [("acceptance.weights", epochs), ("trace", "= 'lanes-merged'")]
+        gone = [("acceptance.state", epochs), ("acceptance.state", lanes), ("acceptance.weights", lanes)]
+        traces = ("record.trace", "= 'checkpoint-seen'")
         with sqlite_errors(self.path), contextlib.closing(connect_to_read(self.path)) as connection:
-            found = {digest for query in queries for (digest,) in connection.execute(query)}
-        return found - {None}
+
+            def digests(fields: list[tuple[str, str]]) -> set[str | None]:
+                query = "SELECT event ->> '$.{}.digest' FROM events WHERE event ->> '$.kind' {}"
+                return {digest for field in fields for (digest,) in connection.execute(query.format(*field))}
+
+            found = digests(gone) - digests(kept) if states_only else digests([*gone, *kept, traces])
+        return {digest for digest in found if digest}
 
     def stitched(self) -> list[str]:
         """Digests of all mixtures, oldest first. May be called from any thread."""
@@ -231,7 +238,8 @@ class Ledger:
 
     def has_accepted(self, checkpoint: str) -> bool:
         """Whether this checkpoint was ever accepted. Reads the whole file; may be called from any thread."""
-        kinds = "(event LIKE '%\"checkpoint-accepted\"%' OR event LIKE '%\"acceptance-recovered\"%')"
+        names = ("checkpoint-accepted", "lanes-merged", "acceptance-recovered")
+        kinds = "(" + " OR ".join(f"event LIKE '%\"{name}\"%'" for name in names) + ")"
         accepted = f"SELECT EXISTS (SELECT 1 FROM events WHERE {kinds} AND instr(event, ?))"
         with self._writing, sqlite_errors(self.path):
             return bool(self._connection.execute(accepted, (f'"checkpoint":"{checkpoint}"',)).fetchone()[0])

@@ -77,6 +77,8 @@ class LiveView:
     """The address of each peer that the coordinator is connected to, by peer id."""
     free_since: Mapping[int, float] = field(default_factory=dict)
     """By shard: since when no peer has claimed it, in Unix seconds."""
+    at_work: Mapping[int, frozenset[int]] | None = None
+    """By shard: the lanes at which nodes work; None: not known, or the run has no lanes."""
     lent: Mapping[int, str] = field(default_factory=dict)
     """By shard: what a check of it that is lent to nodes waits for."""
 

@@ -81,9 +81,9 @@ class LentCheckRunner(NetworkCheckRunner):
         steps = self.manifest.steps_per_epoch
         return {shard: SizeLimits.of(size, self.sizes.state[shard], steps) for shard, size in self.sizes.weights.items()}
 
-    async def inspect(self, record: CheckpointRecord) -> None:
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
         """Have the same nodes inspect the files and score them, so that each fetches them once."""
-        report = self._found.get(record.digest) or await self._report_on(record)
+        report = self._found.get(record.digest) or await self._report_on(record, lanes)
         if report.outcome == "refused":
             raise CheckFailed("invalid", report.check or "format", report.text)
         self._found[record.digest] = report
@@ -128,7 +128,7 @@ class LentCheckRunner(NetworkCheckRunner):
 
     # --- what is lent -------------------------------------------------------------------------------------------------------
 
-    async def _report_on(self, record: CheckpointRecord) -> CheckReport:
+    async def _report_on(self, record: CheckpointRecord, lanes: tuple[int, ...]) -> CheckReport:
         """Raises CheckFailed: inconclusive, as no two nodes agree or no held-out clips are left for strangers."""
         holdout, clips = await self._holdout_for(record)
         parent = self.run.shards[record.shard].acceptance
@@ -139,7 +139,7 @@ class LentCheckRunner(NetworkCheckRunner):
             result=ResultCheck(
                 weights=record.weights, state=record.state, trace=record.trace, parent=weights, holdout=holdout,
                 draw=self.holdouts.draw(record.digest), rows=min(MOST_ROWS, NOISES * clips), fewest=fewest,
-                seconds=self.check_seconds,
+                seconds=self.check_seconds, lanes=lanes or ((record.lane,) if record.lane else ()),
             ),
         )  # fmt: skip
         parts = [part.blob for part in await asyncio.to_thread(parts_of, self.holdouts.path(holdout))]
@@ -208,9 +208,9 @@ class LentCheckRunner(NetworkCheckRunner):
         missing = any(ref is not None and self._store_with(ref.digest) is None for ref in files)
         return "a file that the replay needs is not kept any more" if missing else ""
 
-    def keep(self, record: CheckpointRecord) -> None:
+    def keep(self, record: CheckpointRecord, of_lane: bool = False) -> None:
         self._found.pop(record.digest, None)
-        super().keep(record)
+        super().keep(record, of_lane)
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None:
         self._found.pop(record.digest, None)

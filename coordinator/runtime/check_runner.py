@@ -163,10 +163,12 @@ class NetworkCheckRunner:
                 providers.append(Provider(other.peer_id, tuple(other.addresses)))
         return providers[:_MAX_PROVIDERS]
 
-    async def inspect(self, record: CheckpointRecord) -> None:
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
         """Checks `format` and `numbers`."""
         weights, state, trace = (self._path(ref) for ref in (record.weights, record.state, record.trace))
-        job = InspectFiles(shard=record.shard, epoch=record.epoch, weights=weights, state=state, trace=trace)
+        job = InspectFiles(
+            shard=record.shard, epoch=record.epoch, weights=weights, state=state, trace=trace, lanes=lanes or (record.lane,)
+        )
         await self._ask("format", job, record.weights.size + record.state.size)
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
@@ -222,7 +224,7 @@ class NetworkCheckRunner:
             shard=due.shard, epoch=due.epoch - 1, data=self._path(self.manifest.shards[due.shard].train),
             weights=weights and self._path(weights), state=state and self._path(state),
             trace=self._path(audit.link.trace), precision=made.precision, moments=made.moments,
-            kept_weights=made.weights, steps=audit.steps, epochs=epochs,
+            kept_weights=made.weights, steps=audit.steps, epochs=epochs, lane=due.lane,
             end=(self._path(given.weights), self._path(given.state)) if due.whole else None, doubt=noise_bounds(made),
         )  # fmt: skip
 
@@ -262,8 +264,8 @@ class NetworkCheckRunner:
         missing = [digest for digest in blobs_of(record) if self._store_with(digest) is None]
         return Verdict("inconclusive", "transfer", f"blob {min(missing)[:12]} went missing meanwhile") if missing else None
 
-    def keep(self, record: CheckpointRecord) -> None:
-        """Serve the blobs of an accepted result from now on. Blocks on the disk.
+    def keep(self, record: CheckpointRecord, of_lane: bool = False) -> None:
+        """Serve the blobs of an accepted result, of an epoch or of a lane, from now on. Blocks on the disk.
 
         They are kept until `forget` removes them (`acceptance.retention`).
         """
@@ -271,8 +273,10 @@ class NetworkCheckRunner:
         for ref in (record.weights, record.state, record.trace):
             if not self.blobs.has(ref.digest):
                 self.blobs.adopt(self.incoming.path(ref.digest), self.incoming.table(ref.digest))
-                self.incoming.remove(ref.digest)
-        self.accepted |= {record.state.digest} if self.keep_all_weights else blobs_of(record)
+            self.incoming.remove(ref.digest)
+        self.accepted |= blobs_of(record)
+        if self.keep_all_weights and not of_lane:
+            self.accepted -= {record.weights.digest, record.trace.digest}
 
     def forget(self, run: RunState) -> None:
         """Remove the blobs of accepted results that nothing needs any more. Blocks on the disk."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
-from lutetia.coordinator.acceptance.checks import CheckRunner, Limits, Replayed, Verdict, run_checks, run_transfer
+from lutetia.coordinator.acceptance.checks import CheckFailed, CheckRunner, Limits, Replayed, Verdict, run_checks, run_transfer
 from lutetia.coordinator.acceptance.intake.fetch_queue import key_of
 from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
 from lutetia.coordinator.acceptance.judge_isolation import author_of, judge_isolated
@@ -22,25 +22,33 @@ from lutetia.coordinator.acceptance.messages import (
     DiscardCandidate,
     FetchDone,
     JudgeTick,
+    KeepResult,
     LedgerFacts,
     LendAudit,
     LimitsKnown,
+    Merged,
     Proved,
     Publish,
     PublishReset,
     StartAudit,
     StartCheck,
     StartFetch,
+    StartMerge,
     StartProof,
     Stimulus,
     Write,
 )
 from lutetia.coordinator.acceptance.transition import FetchKey, JudgeRules, JudgeState
+from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.events import (
     AuditDone,
     CheckpointAccepted,
     Event,
+    LaneAccepted,
+    LaneDropped,
+    LanesMerged,
     LineageRolledBack,
+    MergeRefused,
     PeerQuarantined,
     ResultDoubted,
     ResultRefused,
@@ -55,6 +63,8 @@ from lutetia.system.errors import DiskError, plain
 _log = logging.getLogger(__name__)
 
 _AT_ONCE = 64
+_FREEING = CheckpointAccepted | LanesMerged | LaneDropped | AuditDone | LineageRolledBack
+"""After these, blobs of accepted results may be needed no more."""
 TICK_SECONDS = 1.0
 
 Reply = OfferReply | LendAudit | None
@@ -72,7 +82,7 @@ class CheckIO(CheckRunner, Protocol):
 
     def still_whole(self, record: CheckpointRecord) -> Verdict | None: ...
 
-    def keep(self, record: CheckpointRecord) -> None: ...
+    def keep(self, record: CheckpointRecord, of_lane: bool = False) -> None: ...
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None: ...
 
@@ -88,6 +98,8 @@ class JudgeLoop:
         now: the coordinator's clock, in Unix seconds.
         changed: called after every change of the state.
         auditors: the peers whose node records say that they are free; None: not known.
+        at_work: by shard the lanes at which nodes work; None: not known, or the run has no lanes.
+        merge: makes a merged epoch, in a run with lanes. Raises CheckFailed.
         origin_of: the network origin of a peer, by public key; empty when it is not known.
     """
 
@@ -99,6 +111,8 @@ class JudgeLoop:
     changed: Callable[[RunState], None] = lambda state: None
     origin_of: Callable[[str], str] = lambda owner: ""
     auditors: Callable[[], frozenset[str] | None] = lambda: None
+    at_work: Callable[[], Mapping[int, frozenset[int]] | None] = lambda: None
+    merge: Callable[[StartMerge], Awaitable[CheckpointRecord]] | None = None
     state: JudgeState = field(init=False)
     _fetches: dict[FetchKey, asyncio.Task[None]] = field(init=False, default_factory=dict)
     _judging: asyncio.Lock = field(init=False, default_factory=asyncio.Lock)
@@ -175,9 +189,9 @@ class JudgeLoop:
 
     async def _carry_out(self, state: JudgeState, actions: Sequence[Action], group: asyncio.TaskGroup) -> None:
         """Store blobs, then write the ledger, then show `state` (the outcome of `actions`) and publish: in this order."""
-        accepted = [action for action in actions if isinstance(action, Publish)]
-        for action in accepted:
-            await asyncio.to_thread(self.check_io.keep, action.record)
+        for action in actions:
+            if isinstance(action, Publish | KeepResult):
+                await asyncio.to_thread(self.check_io.keep, action.record, isinstance(action, KeepResult))
         if events := [action.event for action in actions if isinstance(action, Write)]:
             await asyncio.to_thread(self.ledger.append, events)
             for event in events:
@@ -193,6 +207,8 @@ class JudgeLoop:
                     self._fetches[key_of(action.record)] = group.create_task(self._fetch(action))
                 case StartCheck():
                     group.create_task(self._check(action))
+                case StartMerge():
+                    group.create_task(self._merge(action))
                 case StartAudit():
                     group.create_task(self._audit(action))
                 case StartProof():
@@ -200,7 +216,7 @@ class JudgeLoop:
                 case DiscardCandidate(record=record):
                     await self._end_fetch(record)
                     await asyncio.to_thread(self.check_io.discard, record, self.state.run)
-        if any(isinstance(event, CheckpointAccepted | AuditDone | LineageRolledBack) for event in events):
+        if any(isinstance(event, _FREEING) for event in events):
             await asyncio.to_thread(self.check_io.forget, self.state.run)
 
     async def _publish(self, record: AcceptanceRecord | ResetRecord) -> None:
@@ -231,6 +247,27 @@ class JudgeLoop:
             verdict = Verdict("inconclusive", "transfer", _unexpected(verdict, "check", check.record))
         await self.submit(CheckDone(check.record, verdict, self.now()))
 
+    async def _merge(self, order: StartMerge) -> None:
+        """Handle unexpected errors as `_check` does."""
+        [done] = await asyncio.gather(self._merged(order), return_exceptions=True)
+        if isinstance(done, BaseException):
+            done = None, Verdict("inconclusive", "transfer", _unexpected(done, "merge", order))
+        sources = tuple(source.acceptance.checkpoint for source in order.sources)
+        await self.submit(Merged(order.shard, sources, *done, self.now()))
+
+    async def _merged(self, order: StartMerge) -> tuple[CheckpointRecord | None, Verdict]:
+        """The merged epoch, and the verdict of the checks that every result passes."""
+        assert self.merge, "only a run with lanes has merges"
+        try:
+            record = await self.merge(order)
+        except CheckFailed as failure:
+            return None, failure.verdict
+        lanes, clock = tuple(source.lane for source in order.sources), time.monotonic
+        verdict = await run_checks(record, order.parent, self.rules.manifest, self.check_io, clock, lanes)
+        if verdict.outcome == "valid":
+            verdict = await asyncio.to_thread(self.check_io.still_whole, record) or verdict
+        return record, verdict
+
     async def _prove(self, proof: StartProof) -> None:
         done = await self._replay(proof.replay)
         finding = done.finding
@@ -255,10 +292,10 @@ class JudgeLoop:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            await self.submit(JudgeTick(self.now(), self.auditors()))
+            await self.submit(JudgeTick(self.now(), self.auditors(), self.at_work()))
 
 
-def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit) -> str:
+def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingAudit | StartMerge) -> str:
     """The text for the ledger; the traceback goes into the log. Re-raises CancelledError and DiskError.
 
     A disk that takes no results ends the service, as one that takes no ledger does: nodes wait for a coordinator that is away,
@@ -266,7 +303,8 @@ def _unexpected(error: BaseException, work: str, on: CheckpointRecord | PendingA
     """
     if not isinstance(error, Exception) or isinstance(error, DiskError):
         raise error
-    _log.error("the %s of shard %d epoch %d of %s failed", work, on.shard, on.epoch, on.owner[:8], exc_info=error)
+    author = "its lanes" if isinstance(on, StartMerge) else on.owner[:8]
+    _log.error("the %s of shard %d epoch %d of %s failed", work, on.shard, on.epoch, author, exc_info=error)
     return f"the {work} failed unexpectedly ({type(error).__name__}: {plain(str(error))[:600]}); the coordinator's log says more"
 
 
@@ -286,6 +324,10 @@ def _log_event(event: Event) -> None:
             _log.info(
                 "shard %d epoch %d accepted from %s: %.4f after %.4f", given.shard, given.epoch, given.author[:8], loss, before
             )
+        case LaneAccepted() | LanesMerged() | LaneDropped():
+            _log.info("%s", sentence(event))
+        case MergeRefused():
+            _log.warning("%s", sentence(event))
         case ResultRefused():
             facts = (event.shard, event.epoch, event.owner[:8], event.verdict, event.check, event.text)
             _log.info("shard %d epoch %d of %s is %s at check %s: %s", *facts)

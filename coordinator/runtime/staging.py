@@ -14,7 +14,8 @@ def restored_incoming(folder: RunFolder, blobs: BlobStore, state: RunState) -> B
     incoming = BlobStore(folder.incoming)
     undecided = [candidate.record for shard in state.shards.values() for candidate in shard.candidates.values()]
     for shard in state.shards.values():
-        for ref in (shard.acceptance.weights, shard.acceptance.state) if shard.acceptance else ():
+        accepted = [*([shard.acceptance] if shard.acceptance else []), *(link.acceptance for link in shard.gathered.values())]
+        for ref in (ref for given in accepted for ref in (given.weights, given.state)):
             if not blobs.has(ref.digest) and incoming.has(ref.digest):
                 blobs.adopt(incoming.path(ref.digest), incoming.table(ref.digest))
     if not undecided:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from lutetia.protocol.schema.records import (
     claim_key,
     node_keys,
 )
-from lutetia.protocol.stalled_claims import LONGEST_GAP, Seen, observe_claims
+from lutetia.protocol.stalled_claims import LONGEST_GAP, Seen, observe_claims, without_stalled
 from lutetia.protocol.transport.base import Transport
 
 _log = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ class SwarmMonitor:
     """`view` is what was last seen; `found` is called with every result at every look. `accepted`: whose copies count.
 
     `shard_view` gives the accepted state of a slot, which the monitor needs to judge the progress of claims. `copies_seen` is
-    called after each count with the public keys of the peers that hold each shard's accepted checkpoint.
+    called after each count with the public keys of the peers that hold each shard's accepted checkpoint. `barred` gives the
+    public keys whose claims count nowhere.
     """
 
     transport: Transport
@@ -61,6 +62,7 @@ class SwarmMonitor:
     accepted: Callable[[], Iterable[AcceptanceRecord]] = tuple
     shard_view: Callable[[int], ShardView] = ShardView
     copies_seen: Callable[[Mapping[int, set[str]]], Awaitable[None]] = _nothing
+    barred: Callable[[], Collection[str]] = tuple
     view: LiveView = field(default_factory=LiveView)
     _since: dict[Key, float] = field(default_factory=dict)
     _nodes: list[tuple[NodeRecord, float]] = field(default_factory=list)
@@ -104,8 +106,9 @@ class SwarmMonitor:
         histories = observed(self.view.histories, view.claims, map(self.shard_view, slots), now, longest_gap)
         free = free_since(self.view.free_since, view.claims, shards, now)
         connections = await self.transport.connections()
+        at_work = lanes_at_work(self.manifest, view.claims, histories, self.shard_view, self.barred(), now)
         self.view = replace(
-            view, copies=self.view.copies, histories=histories, free_since=free, connections=connections
+            view, copies=self.view.copies, histories=histories, free_since=free, connections=connections, at_work=at_work
         )  # fmt: skip
 
     def forget_claims(self) -> None:
@@ -154,15 +157,39 @@ def claims_pause(slots: int, heartbeat: float) -> float:
     return look_pause(heartbeat) * min(4.0, slots / SLOTS_AT_FULL_PACE) if slots > SLOTS_AT_FULL_PACE else 0.0
 
 
-def lanes_at_work(manifest: Manifest, view: LiveView, now: float) -> dict[int, frozenset[int]] | None:
-    """By shard the lanes that a peer claims; None in a run without lanes, and as long as no claim was seen."""
-    if manifest.team is None or not view.claims:
+def lanes_at_work(
+    manifest: Manifest,
+    claims: Sequence[Sighting[ClaimRecord]],
+    histories: Mapping[int, Seen],
+    shard_view: Callable[[int], ShardView],
+    barred: Collection[str],
+    now: float,
+) -> dict[int, frozenset[int]] | None:
+    """By shard the lanes at which nodes work, by the claims that count; None without lanes, and as long as no claim was seen.
+
+    Args:
+        manifest: the run.
+        claims: those that were seen.
+        histories: by slot, what was seen of its claims before: a stalled one does not count.
+        shard_view: gives the accepted state of a slot.
+        barred: public keys whose claims count nowhere.
+        now: Unix seconds.
+    """
+    if manifest.team is None or not claims:
         return None
+    by_slot: dict[int, list[LiveClaim]] = defaultdict(list)
+    for claim in claims:
+        record = claim.record
+        if claim.expires > now and record.owner not in barred and record.lane < manifest.lanes:
+            by_slot[slot_of(record.shard, record.lane)].append(LiveClaim(record, claim.expires))
     lanes: dict[int, set[int]] = defaultdict(set)
-    for claim in view.claims:
-        if claim.expires > now and claim.record.lane < manifest.lanes:
-            lanes[claim.record.shard].add(claim.record.lane)
-    return {shard: frozenset(claimed) for shard, claimed in lanes.items()}
+    tenure = max(manifest.timing.tenure, manifest.timing.lease)
+    for slot, claimed in by_slot.items():
+        view = shard_view(slot).with_claims(claimed)
+        if without_stalled(histories.get(slot, {}), view, None, tenure, manifest.checkpoint_samples, now).claims:
+            shard, lane = shard_and_lane(slot)
+            lanes[shard].add(lane)
+    return {shard: frozenset(numbers) for shard, numbers in lanes.items()}
 
 
 def sighted(

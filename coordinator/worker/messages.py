@@ -14,6 +14,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lutetia.protocol.schema.manifest import first_problem
+from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord, TrainedWith
 from lutetia.protocol.schema.verdicts import CheckName
 from lutetia.system.process import Message
@@ -69,7 +70,10 @@ class FilesInspected(_Line):
 
 
 class InspectFiles(Job[FilesInspected]):
-    """Whether a checkpoint's three files are what the manifest says, and belong together."""
+    """Whether a checkpoint's three files are what the manifest says, and belong together.
+
+    `lanes`: the lane that trained it, or those that were merged into it.
+    """
 
     job: Literal["inspect"] = "inspect"
     shard: int
@@ -77,6 +81,7 @@ class InspectFiles(Job[FilesInspected]):
     weights: Path
     state: Path
     trace: Path
+    lanes: tuple[int, ...] = (0,)
 
 
 class LossMeasured(_Line):
@@ -154,10 +159,14 @@ class EpochReplayed(_Line):
 
 
 class ReplayEpoch(Job[EpochReplayed]):
-    """Train the first `steps` steps after `epoch` again, under a budget of `epochs`; with `end` (weights, state) all steps."""
+    """Train the first `steps` steps after `epoch` again, in the author's lane and under a budget of `epochs`.
+
+    With `end` (weights, state) all steps are trained.
+    """
 
     job: Literal["replay"] = "replay"
     shard: int
+    lane: int = 0
     epoch: int
     data: Path
     weights: Path | None
@@ -170,6 +179,40 @@ class ReplayEpoch(Job[EpochReplayed]):
     epochs: int
     end: tuple[Path, Path] | None = None
     doubt: NoiseBounds | None = None
+
+
+class EpochMerged(_Line):
+    """The files of the merged epoch, which lie as `weights`, `state` and `trace` in the job's folder; its mean training loss."""
+
+    job: Literal["merge"] = "merge"
+    weights: BlobRef
+    state: BlobRef
+    trace: BlobRef
+    loss: float
+
+
+class MergeSource(_Line):
+    """An accepted result of one lane. `samples`: what the lane trained, its weight in the mean."""
+
+    lane: int
+    samples: int
+    weights: Path
+    state: Path
+    trace: Path
+
+
+class MergeLanes(Job[EpochMerged]):
+    """Write `epoch` of a shard, merged from its lanes, into the empty `folder`.
+
+    `parent`: weights and state of the epoch before it.
+    """
+
+    job: Literal["merge"] = "merge"
+    shard: int
+    epoch: int
+    sources: tuple[MergeSource, ...]
+    parent: tuple[Path, Path] | None = None
+    folder: Path
 
 
 class RouterReady(_Line):
@@ -264,6 +307,7 @@ AnyJob = Annotated[
     | MeasureLoss
     | ReadTrace
     | ReplayEpoch
+    | MergeLanes
     | TrainRouter
     | StitchMixture
     | PrepareParts
@@ -277,6 +321,7 @@ AnyAnswer = Annotated[
     | LossMeasured
     | TraceRead
     | EpochReplayed
+    | EpochMerged
     | RouterReady
     | MixtureReady
     | PartsPrepared

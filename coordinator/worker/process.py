@@ -19,6 +19,7 @@ from lutetia.coordinator.worker.messages import (
     AnyAnswer,
     AnyJob,
     CostMeasured,
+    EpochMerged,
     EpochReplayed,
     FilesInspected,
     GallerySampled,
@@ -31,6 +32,7 @@ from lutetia.coordinator.worker.messages import (
     MeasureCost,
     MeasureLoss,
     MeasureSizes,
+    MergeLanes,
     MixtureReady,
     PartsPrepared,
     PrepareParts,
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
     from lutetia.models.mixing.description import MixtureRouting
 
 _MOST_HOLDOUTS = 16
-LEAN = ("checking", "auditing", "proving", "proving-parents")
+LEAN = ("checking", "auditing", "proving", "proving-parents", "merging")
 """Worker processes with these names never load a text encoder, and start in half the time."""
 
 
@@ -116,6 +118,8 @@ class WorkerProcess:
                 return self.trace(job)
             case ReplayEpoch():
                 return self.replay(job)
+            case MergeLanes():
+                return self.merge(job)
             case TrainRouter():
                 return self.router(job)
             case StitchMixture():
@@ -165,7 +169,7 @@ class WorkerProcess:
     def inspect(self, job: InspectFiles) -> FilesInspected:
         from lutetia.models.checking.result import ResultFiles, inspect_result
 
-        files = ResultFiles(job.shard, job.epoch, job.weights, job.state, job.trace)
+        files = ResultFiles(job.shard, job.epoch, job.weights, job.state, job.trace, job.lanes)
         inspect_result(self.manifest, files, self._progress)
         return FilesInspected()
 
@@ -201,7 +205,7 @@ class WorkerProcess:
             ReplayParent(job.epoch, job.weights, job.state), job.steps, end=ReplayEnd(*job.end) if job.end else None,
             precision=job.precision, memory=MemoryOptions(moments=job.moments, weights=job.kept_weights),
             doubt=ReplayDoubt(job.doubt.near, job.doubt.far, job.doubt.coarse) if job.doubt else None,
-            device=self.device, progress=self._progress, base=self._base,
+            device=self.device, progress=self._progress, base=self._base, lane=job.lane,
         )  # fmt: skip
         losses = tuple(loss if math.isfinite(loss) else None for loss in result.losses)
         return EpochReplayed(
@@ -212,6 +216,15 @@ class WorkerProcess:
             made=result.made,
             farthest=result.farthest,
         )
+
+    def merge(self, job: MergeLanes) -> EpochMerged:
+        from lutetia.models.training.lanes.merge import LaneFiles, merge_lanes
+
+        lanes = [LaneFiles(part.lane, part.samples, part.weights, part.state, part.trace) for part in job.sources]
+        merged = merge_lanes(
+            self.manifest, job.shard, job.epoch, lanes, job.folder, parent=job.parent, progress=self._progress
+        )  # fmt: skip
+        return EpochMerged(weights=merged.weights, state=merged.state, trace=merged.trace, loss=merged.loss)
 
     def router(self, job: TrainRouter) -> RouterReady:
         from lutetia.models.data.parts.reader import open_shard

@@ -26,13 +26,14 @@ _NUMBER_REASONS = ("non-finite", "norm")
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """The files of a result for `epoch` of `shard`."""
+    """The files of a result for `epoch` of `shard`. `lanes`: the lane that trained it, or those that were merged into it."""
 
     shard: int
     epoch: int
     weights: Path
     state: Path
     trace: Path
+    lanes: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,12 @@ def inspect_result(manifest: Manifest, files: ResultFiles, progress: Callable[[]
     _check_agreement(manifest, files, progress)
     check_lag(files.state, files.weights, manifest.optimisation, form)
     progress()
-    if (steps := len(read_trace(files.trace))) != manifest.steps_per_epoch:
-        text = f"its trace has {steps} losses; an epoch has {manifest.steps_per_epoch} steps"
-        raise CheckpointMisfit("shape", text)
+    needed = max(map(manifest.lane_steps, files.lanes))
+    if (steps := len(read_trace(files.trace))) != needed:
+        share = (
+            f"lane {files.lanes[0]} trains {needed} steps of one" if needed < manifest.steps_per_epoch else f"has {needed} steps"
+        )
+        raise CheckpointMisfit("shape", f"its trace has {steps} losses; an epoch {share}")
 
 
 def score_result(

@@ -15,8 +15,10 @@ from lutetia.protocol.rpc.request_response import exchange, serve_exchange
 from lutetia.protocol.rpc.signed_report import open_reporting_request, signed_bytes
 from lutetia.protocol.schema.canonical import WireDocument
 from lutetia.protocol.schema.fields import (
+    MOST_LANES,
     MOST_SHARDS,
     Digest,
+    LaneIndex,
     Moment,
     OpenWord,
     Positive,
@@ -63,6 +65,9 @@ class ResultCheck(WireDocument):
     rows: int = Field(ge=1, le=MOST_ROWS, description="How many rows to score at most, the first ones of the drawn order")
     fewest: int = Field(ge=1, le=MOST_ROWS, description="How many rows to score however long they take")
     seconds: Seconds = Field(description="Time that further rows may take")
+    lanes: Annotated[tuple[LaneIndex, ...], Field(max_length=MOST_LANES)] = added(
+        (), "Lane that trained it, or the lanes that were merged into it; empty: lane 0"
+    )
 
 
 class ReplayCheck(WireDocument):

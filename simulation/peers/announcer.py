@@ -5,7 +5,7 @@ The reading follows `coordinator.runtime.recovery` and `split_brain`, whose own 
 
 from __future__ import annotations
 
-from lutetia.coordinator.ledger.events import AcceptanceRecovered, CheckpointAccepted
+from lutetia.coordinator.ledger.events import AcceptanceRecovered, CheckpointAccepted, LanesMerged
 from lutetia.coordinator.runtime.recovery import Recovered, Standing, ahead, forgotten, recovered
 from lutetia.coordinator.runtime.split_brain import doubtful, unknown_term
 from lutetia.protocol.schema.records import AcceptanceRecord, QuarantineRecord, Record, ResetRecord, quarantine_key, read_envelope
@@ -54,7 +54,11 @@ class OwnRecords:
         if not doubts:
             return False
         ledger = self._coordinator.ledger
-        known = {event.acceptance.checkpoint for event in ledger if isinstance(event, CheckpointAccepted | AcceptanceRecovered)}
+        known = {
+            event.acceptance.checkpoint
+            for event in ledger
+            if isinstance(event, CheckpointAccepted | LanesMerged | AcceptanceRecovered)
+        }
         return any(record.checkpoint not in known for record in doubts)
 
     def _standing(self) -> list[Standing]:

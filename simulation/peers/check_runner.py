@@ -43,7 +43,7 @@ class SimulatedCheckRunner:
         slowest = self._world.config.slowest_bytes_per_second
         return sum(fetch_limit(ref.size, slowest) for ref in (record.weights, record.state, record.trace))
 
-    async def inspect(self, record: CheckpointRecord) -> None:
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
         await SimulatedDelay(self._world.config.check_seconds / 3)
         if not self._content(record).sound:
             raise CheckFailed("invalid", "numbers", "its tensors are not those of the manifest")

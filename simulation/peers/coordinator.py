@@ -312,9 +312,7 @@ class SimulatedCoordinator:
     # --- periodic work ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.feed(
-            j.JudgeTick(self.clock(), free_auditors(self.view), lanes_at_work(self.world.manifest, self.view, self.clock()))
-        )
+        self.feed(j.JudgeTick(self.clock(), free_auditors(self.view), self.view.at_work))
 
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: read results that were not offered by stream, nodes and claims."""
@@ -345,7 +343,10 @@ class SimulatedCoordinator:
         self.view, self._since = sighted(nodes, claims, self._since, now)
         shards = map(self.state.run.slot_view, config.slots)
         longest_gap = LONGEST_GAP * world.manifest.timing.lease
-        self.view = replace(self.view, histories=observed(histories, self.view.claims, shards, now, longest_gap))
+        histories = observed(histories, self.view.claims, shards, now, longest_gap)
+        known = self.state.run
+        at_work = lanes_at_work(world.manifest, self.view.claims, histories, known.slot_view, known.quarantined, now)
+        self.view = replace(self.view, histories=histories, at_work=at_work)
 
     def _check_status(self) -> None:
         """Build the status document and check it."""

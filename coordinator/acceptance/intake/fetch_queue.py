@@ -70,12 +70,13 @@ def in_line(state: JudgeState, waiting: Iterable[WaitingResult], held: Iterable[
 
 
 def gives_way(state: JudgeState, newcomer: WaitingResult) -> WaitingResult | None:
-    """The undecided result of a full shard that loses its place to `newcomer`; None when the newcomer has to wait.
+    """The undecided result of a full shard (of its lane) that loses its place to `newcomer`; None when the newcomer has to wait.
 
     It is the last in line, if that is not the newcomer, else the first of an unknown owner that has taken longer than LONG_FETCH.
     Nothing that has arrived is given up, except what is held, for a known owner.
     """
-    there = state.run.shards[newcomer.record.shard].candidates.values()
+    candidates = state.run.shards[newcomer.record.shard].candidates.values()
+    there = [candidate for candidate in candidates if candidate.record.lane == newcomer.record.lane]
     kept = {*state.fetched} if is_known(state.run, newcomer.record.owner) else {*state.fetched, *state.held}
     others = [candidate for candidate in there if key_of(candidate.record) not in kept and candidate.doubt is None]
     last = in_line(state, [*others, newcomer])[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import DiscardCandidate
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeTransition, refusal
+from lutetia.protocol.claims import slot_of
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.schema.owner.orders import because
 
@@ -35,7 +36,8 @@ def dismiss_banned(transition: JudgeTransition) -> None:
             record = candidates[owner].record
             verdict = Verdict("invalid", "quarantine", orders.refusal_of(owner))
             transition.write(refusal(record, verdict, transition.now))
-            if transition.state.checking.get(index) == (owner, record.digest):
-                transition.set(checking={shard: key for shard, key in transition.state.checking.items() if shard != index})
+            slot = slot_of(index, record.lane)
+            if transition.state.checking.get(slot) == (owner, record.digest):
+                transition.set(checking={other: key for other, key in transition.state.checking.items() if other != slot})
             transition.actions.append(DiscardCandidate(record))
         transition.tidy(index)

@@ -10,7 +10,8 @@ of a shard are merged as soon as
 So nothing waits for a slow node longer than the owner wants. A result that comes later is superseded, one that was accepted while
 the merge was made is left out, and both keep their authors' records: whatever was accepted counts as accepted and credited.
 
-The merged epoch passes the checks of any result. If it fails one, the gathered result of the lowest held-out loss goes on alone.
+The merged epoch passes the checks of any result. If it fails one, or cannot be made at several tries, the gathered result of the
+lowest held-out loss goes on alone. If that cannot be read any more either, it is dropped, and the others are merged.
 
 A gathered result whose author is quarantined is dropped. If an audit finds a result invalid that was merged, the shard goes back
 to the epoch before the merge (`rollback`), the other results of that merge are gathered again, and are merged without it.
@@ -24,9 +25,10 @@ from collections.abc import Collection, Iterator
 from lutetia.coordinator.acceptance.audit_policy import build_of, consider_audit
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.intake.fetch_queue import note_success
+from lutetia.coordinator.acceptance.intake.owner_orders import is_paused
 from lutetia.coordinator.acceptance.messages import DiscardCandidate, KeepResult, Merged, Publish, StartMerge
 from lutetia.coordinator.acceptance.transition import JudgeTransition, RunningMerge, acceptance_of
-from lutetia.coordinator.ledger.events import LaneAccepted, LanesMerged, MergeRefused, ResultSuperseded
+from lutetia.coordinator.ledger.events import LaneAccepted, LaneDropped, LanesMerged, MergeRefused, ResultSuperseded
 from lutetia.coordinator.ledger.run_state import LOSS_CHECKS, AcceptedEpoch, ShardLedger
 from lutetia.protocol.claims import slot_of
 from lutetia.protocol.schema.model.team_spec import TeamSpec
@@ -121,6 +123,11 @@ def receive_merge(transition: JudgeTransition, done: Merged) -> None:
         if done.record is not None:
             transition.actions.append(DiscardCandidate(done.record))
         return
+    if is_paused(transition.rules):  # nothing is accepted now: it is merged again when the run goes on
+        forget_merge(transition, done.shard)
+        if done.record is not None:
+            transition.actions.append(DiscardCandidate(done.record))
+        return
     verdict, record = done.verdict, done.record
     passes_alone = len(done.sources) == 1 and verdict.outcome == "invalid" and verdict.check in LOSS_CHECKS
     if record is not None and verdict.loss is not None and (verdict.outcome == "valid" or passes_alone):
@@ -136,10 +143,27 @@ def receive_merge(transition: JudgeTransition, done: Merged) -> None:
                 text=verdict.text[:1000], costs=verdict.costs,
             )
         )  # fmt: skip
-    again_at = transition.now + transition.rules.retry_after(merging.attempts)
-    alone = verdict.outcome == "invalid" or merging.alone
-    later = RunningMerge((), merging.attempts + 1, again_at if verdict.outcome == "inconclusive" else 0.0, alone)
+    if verdict.outcome == "inconclusive" and merging.attempts + 1 < transition.rules.attempts:
+        again_at = transition.now + transition.rules.retry_after(merging.attempts)
+        later = merging._replace(sources=(), attempts=merging.attempts + 1, again_at=again_at)
+    elif merging.alone:
+        _drop(transition, done.shard, done.sources[0])
+        later = RunningMerge(())
+    else:
+        later = RunningMerge((), alone=True)
     transition.set(merging={**transition.state.merging, done.shard: later})
+
+
+def _drop(transition: JudgeTransition, shard: int, checkpoint: str) -> None:
+    """A gathered result that passed its checks, and of which no epoch can be made now: its files were damaged or lost here."""
+    link = next(one for one in transition.run.shards[shard].gathered.values() if one.acceptance.checkpoint == checkpoint)
+    given = link.acceptance
+    transition.write(
+        LaneDropped(
+            time=transition.now, shard=shard, epoch=given.epoch, owner=given.author, checkpoint=checkpoint, lane=link.lane,
+            why="unreadable",
+        )
+    )  # fmt: skip
 
 
 def _accept_merged(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict, sources: tuple[str, ...]) -> None:

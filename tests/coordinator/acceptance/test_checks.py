@@ -36,7 +36,7 @@ class ScriptedChecks(CheckRunner):
     async def fetch(self, record: CheckpointRecord, patience: float = 1.0) -> None:
         self._run("transfer")
 
-    async def inspect(self, record: CheckpointRecord) -> None:
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
         self._run("format", "numbers")
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:

@@ -263,10 +263,10 @@ async def test_an_acceptance_is_published_after_it_is_on_disk(tmp_path: Path, mo
     async with intake(tmp_path) as room:
         reached, opened, keep = threading.Event(), threading.Event(), room.tools.keep
 
-        def slow_keep(record: CheckpointRecord) -> None:
+        def slow_keep(record: CheckpointRecord, of_lane: bool = False) -> None:
             reached.set()
             assert opened.wait(PATIENCE)
-            keep(record)
+            keep(record, of_lane)
 
         monkeypatch.setattr(room.tools, "keep", slow_keep)
         await room.offer(made_of(room.manifest, PEERS[0], await room.peer(PEERS[0], *contents("honest"))))

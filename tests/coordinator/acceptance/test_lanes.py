@@ -1,19 +1,22 @@
 """Lanes at the judge: results are gathered, merged, checked, and merged again without a liar."""
 
+from dataclasses import replace
+
 import pytest
 
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import CheckDone, JudgeTick, KeepResult, Merged, Publish, StartMerge
 from lutetia.coordinator.acceptance.retention import needed_blobs
-from lutetia.coordinator.ledger.events import read_event
+from lutetia.coordinator.ledger.events import LaneDropped, read_event
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.capabilities import LANES
 from lutetia.protocol.schema.manifest import AuditPolicy
 from lutetia.protocol.schema.model.team_spec import TeamSpec
+from lutetia.protocol.schema.owner.orders import PauseOrder
 from lutetia.protocol.schema.records import CheckpointRecord
-from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, JudgeDriver, drive_judge, make_record
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, JudgeDriver, drive_judge, make_record
 
 DEADLINE = 100.0
 NOT_AUDITED = AuditPolicy(streak=1, replay_steps=0, whole_epoch=0.0)
@@ -195,3 +198,34 @@ def test_ledger_gives_the_same_state_again(steps: int) -> None:
     assert state == driver.judge.state.run
     assert state.shards[0].epoch == steps
     assert state.accepted == 3 * steps
+
+
+def test_result_of_which_no_epoch_can_be_made_is_dropped_and_the_others_are_merged() -> None:
+    driver = LanesDriver()
+    for lane, loss in ((0, 0.42), (1, 0.40), (2, 0.41)):
+        driver.result(lane, loss=loss)
+    lost = Verdict("inconclusive", "transfer", "blob 12 is not in the store")
+    for _ in range(2 * driver.judge.rules.attempts):  # of all three, then of the best alone
+        driver.judge.send(Merged(0, tuple(one.acceptance.checkpoint for one in driver.merges()[-1].sources), None, lost, 0.0))
+        driver.tick(3600.0, at_work=set())
+    assert [event.lane for event in driver.judge.events if isinstance(event, LaneDropped)] == [1]
+    assert lanes_of(driver.merges()[-1]) == [0, 2]
+    driver.merged()
+    assert driver.judge.state.run.peer(PEERS[1].public_key).accepted == 1, "its author did what was asked"
+
+
+def test_paused_run_merges_nothing_until_it_goes_on() -> None:
+    driver = LanesDriver()
+    for lane in range(3):
+        driver.result(lane)
+    manifest = driver.judge.manifest
+    orders = manifest.orders.model_copy(update={"paused": PauseOrder(since=START)})
+    going, paused = driver.judge.rules, replace(driver.judge.rules, manifest=manifest.model_copy(update={"orders": orders}))
+    driver.judge.rules = paused
+    driver.merged()
+    driver.tick(DEADLINE)
+    assert (driver.shard.epoch, len(driver.merges())) == (0, 1)
+    driver.judge.rules = going
+    driver.tick(1.0)
+    driver.merged()
+    assert driver.shard.epoch == 1

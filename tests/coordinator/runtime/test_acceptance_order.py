@@ -33,7 +33,7 @@ class Runner(NetworkCheckRunner):
     async def fetch(self, record, patience=1.0):
         for name in ("weights", "state", "trace"):
             self.incoming.add_bytes(f"{name} of epoch {record.epoch}".encode() * 3)
-    async def inspect(self, record):
+    async def inspect(self, record, lanes=()):
         pass
     async def parent_losses(self, record, parent):
         return [0.5]

@@ -143,7 +143,7 @@ class ScriptedCheckIO:
         if record.owner in self.trouble:
             raise self.trouble[record.owner]
 
-    async def inspect(self, record: CheckpointRecord) -> None: ...
+    async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None: ...
 
     async def parent_losses(self, record: CheckpointRecord, parent: AcceptanceRecord | None) -> Losses:
         return [1.0] * 8
@@ -162,7 +162,7 @@ class ScriptedCheckIO:
     def still_whole(self, record: CheckpointRecord) -> Verdict | None:
         return None
 
-    def keep(self, record: CheckpointRecord) -> None:
+    def keep(self, record: CheckpointRecord, of_lane: bool = False) -> None:
         self.kept.append(record)
 
     def discard(self, record: CheckpointRecord, run: RunState) -> None:
