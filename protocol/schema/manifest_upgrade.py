@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ValidationError
 
 from lutetia.protocol.schema.manifest import Manifest, first_problem
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.problems import unknown_key
 from lutetia.system.errors import ConfigError
 
@@ -19,9 +20,11 @@ Reason = Literal["run", "version", "lineage", "budget", "value"]
 
 CHANGEABLE = frozenset({
     "coordinators", "expires", "samples_per_shard", "holdout_tolerance", "raw_tolerance", "sampling", "timing", "audit",
-    "hardware", "allowlist", "needs", "card", "orders",
+    "hardware", "allowlist", "needs", "card", "orders", "team",
 })  # fmt: skip
 """Fields of the manifest that a later version may change. Tables can also be changed key by key (`timing.heartbeat`)."""
+CHANGEABLE_OF_TEAM = frozenset({"quorum", "deadline"})
+"""Of `team` only these may change: when an epoch is merged, not what its lanes train."""
 
 _BOOKKEEPING = frozenset({"run", "version"})
 _DAY = 86_400.0
@@ -50,6 +53,7 @@ def check_upgrade(old: Manifest, new: Manifest, accepted_epochs: int = 0) -> Non
     for field in Manifest.model_fields:
         if field not in CHANGEABLE | _BOOKKEEPING and getattr(new, field) != getattr(old, field):
             raise _fixed(field)
+    _check_team(old.team, new.team)
     if new.epochs < accepted_epochs:
         raise UpgradeRefused(
             "budget",
@@ -57,6 +61,16 @@ def check_upgrade(old: Manifest, new: Manifest, accepted_epochs: int = 0) -> Non
             f"samples_per_shard {new.samples_per_shard} is less than the samples accepted already "
             f"({accepted_epochs * new.checkpoint_samples}); set at least that",
         )
+
+
+def _check_team(old: TeamSpec | None, new: TeamSpec | None) -> None:
+    if old is None or new is None:
+        if old is not new:
+            raise _fixed("team")
+        return
+    for field in TeamSpec.model_fields:
+        if field not in CHANGEABLE_OF_TEAM and getattr(new, field) != getattr(old, field):
+            raise _fixed(f"team.{field}")
 
 
 def next_version(old: Manifest, changes: Mapping[str, Any], now: float, accepted_epochs: int = 0) -> Manifest:

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
+from lutetia.protocol.schema.capabilities import LANES
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest, open_manifest
 from lutetia.protocol.schema.manifest_upgrade import CHANGEABLE, UpgradeRefused, check_upgrade, next_version, training_changed
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.system.errors import AuthorisationError, ConfigError
 from tests.protocol.example_documents import NOW, OWNER, manifest
 
@@ -35,7 +37,7 @@ CHANGES = {
 
 
 def test_every_changeable_field_has_an_example():
-    assert {name.partition(".")[0] for name in CHANGES} == CHANGEABLE
+    assert {name.partition(".")[0] for name in CHANGES} | {"team"} == CHANGEABLE
 
 
 @given(st.sets(st.sampled_from(sorted(CHANGES)), min_size=1))
@@ -57,6 +59,25 @@ def test_a_field_of_the_lineage_cannot_change(field: str):
         next_version(FIRST, {field: "anything"}, LATER)
     assert (caught.value.reason, caught.value.field, caught.value.code) == ("lineage", field, 10)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lanes", 4), ("shares", [0.5]), ("inner_rate", 2.0), ("outer_rate", 0.5), ("quorum", 0.5), ("deadline", 60)],
+)
+def test_of_a_team_only_the_time_of_its_merges_changes(field: str, value: object):
+    first = manifest(team=TeamSpec(lanes=3), needs=(LANES,))
+    if field in ("quorum", "deadline"):
+        team = next_version(first, {f"team.{field}": value}, LATER).team
+        assert team
+        assert getattr(team, field) == value
+    else:
+        with pytest.raises(UpgradeRefused, match=rf"^team\.{field} cannot change"):
+            next_version(first, {f"team.{field}": value}, LATER)
+    with pytest.raises(UpgradeRefused, match="^team cannot change"):
+        next_version(first, {"team": None}, LATER)
+    with pytest.raises(UpgradeRefused, match="^team cannot change"):
+        next_version(FIRST, {"team": {"lanes": 2}, "needs": [LANES]}, LATER)
 
 
 def test_a_signed_version_that_breaks_the_lineage_is_refused(tmp_path: Path):
