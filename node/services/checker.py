@@ -150,7 +150,8 @@ class NodeChecker:
         await self.files.fetch_parts(files["holdout"])
         await self.files.fetch_base()
         numbers = asked.model_dump(include={"draw", "rows", "fewest", "seconds"})
-        values = {**self.files.common(), **files, **numbers, "shard": job.shard, "epoch": job.epoch, "base": self.files.base()}
+        place = {"shard": job.shard, "epoch": job.epoch, "lanes": asked.lanes or (0,)}
+        values = {**self.files.common(), **files, **numbers, **place, "base": self.files.base()}
         question = CheckQuestion.model_validate(values)
         report = await self.files.in_child(RunCheck(question=question).to_wire())
         if not isinstance(report, CheckFinished):

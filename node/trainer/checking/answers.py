@@ -40,7 +40,9 @@ def answer_check(question: CheckQuestion) -> CheckFinished | RequestFailed:
 
 def _checked(question: CheckQuestion) -> CheckFindings:
     manifest = _prepared(question.manifest, question.threads)
-    files = ResultFiles(question.shard, question.epoch, question.weights, question.state, question.trace)
+    files = ResultFiles(
+        question.shard, question.epoch, question.weights, question.state, question.trace, question.lanes
+    )  # fmt: skip
     inspect_result(manifest, files)
     losses = score_result(
         manifest, files, question.parent, open_shard(question.holdout, manifest.latent), draw=question.draw,

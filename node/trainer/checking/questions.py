@@ -17,6 +17,7 @@ class CheckQuestion(Frozen):
     manifest: Path = Field(description="The signed manifest")
     shard: int = Field(description="Index of the shard")
     epoch: int = Field(description="Epoch of the result")
+    lanes: tuple[int, ...] = Field(default=(0,), description="Lane that trained it, or lanes that were merged into it")
     weights: Path = Field(description="Weights of the result")
     state: Path = Field(description="Its training state")
     trace: Path = Field(description="Its trace")
