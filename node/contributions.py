@@ -1,10 +1,11 @@
-"""Counts the accepted and refused checkpoints of this node, across restarts."""
+"""Counts the accepted and refused checkpoints of this node and what it does for the coordinator meanwhile, across restarts."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -22,6 +23,13 @@ class _Book(Frozen):
     refused: int = 0
     last_accepted: float | None = None
     recent: tuple[float, ...] = ()
+    audits: tuple[float, ...] = ()
+    checks: tuple[float, ...] = ()
+
+
+def _with(times: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """The recent ones of `times`, and `now`."""
+    return (*(at for at in times if now - at < _RECENT_SECONDS), now)
 
 
 class Contributions:
@@ -46,10 +54,15 @@ class Contributions:
     def last_accepted(self) -> float | None:
         return self._book.last_accepted
 
-    def today(self, now: float) -> int:
-        """Accepted since local midnight."""
+    def today(self, now: float, what: Literal["recent", "audits", "checks"] = "recent") -> int:
+        """Accepted checkpoints, or audits or checks carried out, since local midnight."""
         midnight = datetime.datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
-        return sum(at >= midnight for at in self._book.recent)
+        return sum(at >= midnight for at in getattr(self._book, what))
+
+    def count_help(self, now: float, what: Literal["audits", "checks"]) -> None:
+        """An audit or check was carried out for the coordinator."""
+        self._book = self._book.model_copy(update={what: _with(getattr(self._book, what), now)})
+        self._save()
 
     def count_accepted(self, now: float, slot: int, epoch: int, digest: str = "") -> None:
         """`digest`: of a checkpoint that may be reported again; it is counted once."""
@@ -57,8 +70,8 @@ class Contributions:
             return
         shard, lane = shard_and_lane(slot)
         self.verdicts.add(NodeVerdict(time=now, shard=shard, lane=lane, epoch=epoch, outcome="accepted", checkpoint=digest))
-        recent = (*(at for at in self._book.recent if now - at < _RECENT_SECONDS), now)
-        self._book = self._book.model_copy(update={"accepted": self.accepted + 1, "last_accepted": now, "recent": recent})
+        recent = {"last_accepted": now, "recent": _with(self._book.recent, now)}
+        self._book = self._book.model_copy(update={"accepted": self.accepted + 1, **recent})
         self._save()
 
     def count_refused(self, now: float, slot: int, epoch: int, text: str) -> None:

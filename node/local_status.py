@@ -55,6 +55,8 @@ class LocalStatus(DeviceStatus):
     slowed: str | None = Field(default=None, description="Why the node trains less than it may: its temperature")
     addresses: tuple[str, ...] = Field(default=(), description="Addresses that the node announces")
     blobs_bytes: int | None = Field(default=None, description="Bytes of blobs that it serves; null before the first heartbeat")
+    audits_today: int = Field(default=0, description="Audits that it has carried out for the coordinator since local midnight")
+    checks_today: int = Field(default=0, description="Checks that it has carried out for the coordinator since local midnight")
     copies: int = Field(default=0, description="Checkpoints of other peers of which the node keeps copies")
     pid: int = Field(description="Process id of the daemon")
     software: str = Field(description="Version of Lutetia")

@@ -185,6 +185,14 @@ def _device_line(device: dict[str, Any], now: float) -> str:
     return text + (f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else "")
 
 
+def _meanwhile(document: dict[str, Any]) -> str:
+    """What a node that stands by is good for, with today's counts; empty for others."""
+    if document["state"] != "idle" or not document["reason"].endswith("standing by"):
+        return ""
+    done = f"{document.get('audits_today', 0)} audits and {document.get('checks_today', 0)} checks for the coordinator today"
+    return f"{done}, {document.get('copies', 0)} copies of others' checkpoints; it takes over as soon as a holder fails"
+
+
 def render_local(document: dict[str, Any], now: float) -> RenderableType:
     """The daemon's status document as a table.
 
@@ -214,7 +222,10 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "due": f"in {ago(document['due'] - now)}" if document["due"] and not several else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] and not several else "",
         "slowed": document.get("slowed") or "",
-        "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}" if document.get("copies") else "",
+        "meanwhile": (meanwhile := _meanwhile(document)),
+        "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}"
+        if document.get("copies") and not meanwhile
+        else "",
         "problem": document["problem"] or "",
     }
     table = Table.grid(padding=(0, 3))

@@ -25,6 +25,7 @@ class MachineChanges(TypedDict, total=False):
     wanted: Literal["run", "pause", "finish", "leave"]
     online: bool
     fitness: Mapping[int, float]
+    rate: float
     remembered: frozenset[int]
     views: Mapping[int, ShardView]
     looked_at: Mapping[int, float]

@@ -117,12 +117,14 @@ def _fitness(transition: NodeTransition, view: ShardView) -> float:
 
 
 def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
-    state = transition.state
+    state, rules = transition.state, transition.rules
     if not any(value > 0 for value in state.fitness.values()):
+        if 0 < state.rate < rules.slowest_rate:
+            needed = f"the smallest lane needs {rules.slowest_rate:.3g} to be in time"
+            return f"this device trains {state.rate:.3g} samples/s and {needed}; standing by"
         return "no device of this node fits the run; it is probed again every few minutes"
     if state.disk_full_since is not None:
         return "the disk is full; free some space"
-    rules = transition.rules
     if len(state.views) == len(rules.slots) and all(view.epoch >= rules.epochs for view in state.views.values()):
         return "the run is complete; serving its checkpoints"
     if state.watched_shards is not None and not state.watched_shards:
@@ -132,6 +134,8 @@ def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
     if state.to_look:
         return f"no free shard found so far; looking at {len(state.to_look)} more"
     what = "every lane of every shard" if rules.team else "every shard"
+    if not views and any(until > transition.now for until in state.avoided_until.values()):
+        return "what is open was given up here before and is tried again after a while; standing by"
     return f"{what} has a holder; standing by" if views else "no shard is open to this node; standing by"
 
 

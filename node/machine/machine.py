@@ -113,6 +113,7 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
             transition.set(online=True, renew_at=transition.now, look_at=transition.now)
             transition.info("the network is up again")
         case Probed(fitness=fitness, rate=rate):
+            transition.set(rate=rate)
             _probed(transition, dict(transition.rules.slot_fitness(fitness, rate)))
         case ProbeFailed(reason=reason):
             failures = transition.state.probe_failures + 1

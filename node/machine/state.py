@@ -103,6 +103,11 @@ class NodeRules:
         }
 
     @property
+    def slowest_rate(self) -> float:
+        """Samples per second that the smallest share of a lane needs within the deadline; 0 without lanes."""
+        return min(map(self.team.share, range(self.team.lanes))) * self.interval / self.team.deadline if self.team else 0.0
+
+    @property
     def lease(self) -> float:
         return lease_seconds(self.heartbeat)
 
@@ -217,6 +222,8 @@ class MachineState:
     wanted: Literal["run", "pause", "finish", "leave"] = "run"
     online: bool = False
     fitness: Mapping[int, float] = field(default_factory=dict)
+    rate: float = 0.0
+    """Samples per second, as probed; 0: not known."""
     remembered: frozenset[int] = frozenset()
     """Shards with local work on disk."""
     views: Mapping[int, ShardView] = field(default_factory=dict)

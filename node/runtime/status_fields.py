@@ -65,5 +65,7 @@ def status_fields(shell: NodeShell, since: float) -> dict[str, Any]:
         "manifest_version": shell.manifest.version, "online": online, "problem": shell.offline or own.get("problem"),
         "slowed": shell.slowed, "copies": len(shell.replicator.replicas), "blobs_bytes": shell.blobs_bytes,
         "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
-        "accepted_today": counts.today(now), "addresses": shell.network.addresses if online else (),
+        "accepted_today": counts.today(now),
+        "audits_today": counts.today(now, "audits"), "checks_today": counts.today(now, "checks"),
+        "addresses": shell.network.addresses if online else (),
     }  # fmt: skip

@@ -56,6 +56,7 @@ class NodeAuditor:
             report = await self._replay_in_time(answer.job, peer, addresses)
             if report:
                 await self._send_report(sign_report(report, network.identity), peer, addresses, answer.job.until)
+                self.shell.contributions.count_help(time.time(), "audits")
                 log.debug("replayed epoch %d of shard %d for the coordinator", answer.job.epoch, answer.job.shard)
         return 0.0
 

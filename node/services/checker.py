@@ -125,6 +125,7 @@ class NodeChecker:
             await send_until_taken(
                 send, lambda attempt: self.shell.rules.backoff(attempt, "check"), until[0], "report of a check"
             )
+            self.shell.contributions.count_help(time.time(), "checks")
             log.info("carried out a check (%s) of shard %d for the coordinator: %s", job.kind, job.shard, report.outcome)
         finally:
             await self.files.end()

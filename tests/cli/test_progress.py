@@ -53,6 +53,21 @@ def test_status_tells_which_data_training_waits_for() -> None:
     assert "waits for data: part 3, for 40 s" in " ".join(shown.get().split())
 
 
+def test_node_that_stands_by_is_told_what_that_is_good_for() -> None:
+    idle = {
+        **STATUS,
+        "state": "idle",
+        "reason": "every lane of every shard has a holder; standing by",
+        "shard": None,
+        "due": None,
+    }
+    printer = console()
+    with printer.capture() as shown:
+        printer.print(render_local({**idle, "audits_today": 2, "checks_today": 3, "copies": 1}, NOW))
+    told = " ".join(shown.get().split())
+    assert "2 audits and 3 checks for the coordinator today, 1 copies of others' checkpoints; it takes over as soon as" in told
+
+
 def test_each_of_several_devices_has_its_line() -> None:
     each = [
         {**STATUS, "device": "cuda:0"},

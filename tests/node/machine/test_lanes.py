@@ -42,6 +42,22 @@ def test_slow_node_gets_a_lane_whose_share_it_trains_in_time() -> None:
     assert {slot: value > 0 for slot, value in driver.state.fitness.items()} == dict.fromkeys(TEAM.slots, True)
     driver.feed(m.Probed(driver.now, {0: 1.0, 1: 1.0}, rate=5.0))  # 200 s for a whole epoch, 50 s for a quarter
     assert [slot for slot in TEAM.slots if driver.state.fitness[slot] > 0] == [slot_of(0, 2), slot_of(1, 2)]
+    driver.feed(m.Probed(driver.now, {0: 1.0, 1: 1.0}, rate=2.0))
+    driver.feed(m.SwarmSeen(driver.now, tuple(ShardView(slot) for slot in TEAM.slots)))
+    assert driver.state.why == "this device trains 2 samples/s and the smallest lane needs 2.5 to be in time; standing by"
+
+
+def test_node_that_stands_by_claims_a_lane_within_two_leases_after_it_is_free() -> None:
+    driver = MachineDriver(TEAM).idle({0: 1.0, 1: 0.0})
+    held = {slot: claimed(slot, OTHER, driver.now + 1e6) for slot in TEAM.slots}
+    driver.feed(m.SwarmSeen(driver.now, tuple(held.values())))
+    assert driver.state.why == "every lane of every shard has a holder; standing by"
+    held[SECOND], freed = ShardView(SECOND), driver.now
+    while driver.state.phase != "claiming":
+        look = driver.until(m.LookAtShards)
+        driver.feed(m.SwarmSeen(driver.now, tuple(held[slot] for slot in look.shards)))  # type: ignore[union-attr]
+    assert driver.state.target == SECOND
+    assert driver.now <= freed + 2 * TEAM.lease
 
 
 def test_gathered_result_waits_for_the_merge_and_training_goes_on_from_it() -> None:

@@ -248,5 +248,11 @@ def test_contributions_survive_the_daemon(tmp_path: Path):
     assert (again.accepted, again.today(now), again.refused, again.last_accepted) == (2, 1, 1, now)
     known = [(verdict.outcome, verdict.shard, verdict.epoch, verdict.text) for verdict in again.verdicts.verdicts]
     assert known == [("accepted", 1, 1, ""), ("accepted", 1, 2, ""), ("refused", 0, 3, "held-out loss 2 is worse")]
+    for _ in range(2):  # a result of a lane waits for its merge, and is reported at every offer
+        again.count_accepted(now, 4097, 5, "a" * 64)
+        again.count_help(now, "audits")
+    assert (again.accepted, again.verdicts.verdicts[-1].shard, again.verdicts.verdicts[-1].lane) == (3, 1, 1)
+    last = Contributions(tmp_path / "contributions.json")
+    assert (last.today(now, "audits"), last.today(now, "checks"), last.today(now + 2 * 86_400, "audits")) == (2, 0, 0)
     (tmp_path / "contributions.json").write_text("torn")
     assert Contributions(tmp_path / "contributions.json").accepted == 0
