@@ -13,6 +13,7 @@ from typing import Any
 from lutetia.coordinator.acceptance.intake.rate_limits import Admission
 from lutetia.coordinator.acceptance.transition import JudgeRules
 from lutetia.coordinator.admin.upgrade import published
+from lutetia.coordinator.alerts.bootstrap import BootstrapWatch, ticket_addresses
 from lutetia.coordinator.alerts.channels import channels_of
 from lutetia.coordinator.alerts.service import OwnerAlerts
 from lutetia.coordinator.credit.copies import CopyKeeping
@@ -188,6 +189,8 @@ class Service:
         self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier, self.settings.about)
         self.names = PeerNames(self.folder.names)
         self.source.names = self.names.names
+        self.bootstrap_watch = BootstrapWatch(self.transport, ticket_addresses(self.folder.ticket))
+        self.source.bootstrap = self.bootstrap_watch.faults
         self.snapshot_keeper = SnapshotKeeper(self.folder, self.ledger, self.snapshot, self._drop_snapshot)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
@@ -235,10 +238,12 @@ class Service:
             "sample cost": measure_missing_cost(self.judge_loop, lambda: self._worker("counting")),
             "old blobs": self._remove_old_blobs(),
             "snapshot": self.snapshot_keeper.run(),
+            "bootstrap": self.bootstrap_watch.run(),
             "missing blobs": every(lambda: self.manifest.timing.heartbeat, self._fetch_missing),
         }
         if channels_of(self.settings.alerts):
             alerts = OwnerAlerts(self.settings.alerts, self.status, lambda: self.manifest, self.folder.alerts)
+            alerts.bootstrap = self.bootstrap_watch.faults
             tasks["alerts"] = alerts.run()
         if self.lender:
             tasks["lent checks"] = self.lender.watch()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.status import StallStatus, SwarmStatus, name_of
 
@@ -20,7 +23,9 @@ COPIES_TENURES = 3
 """So many tenures after its acceptance a checkpoint should be held by another peer, too."""
 
 
-def causes_of(status: SwarmStatus, tenure: float, expires: float, disk_free: int) -> dict[str, str]:
+def causes_of(
+    status: SwarmStatus, tenure: float, expires: float, disk_free: int, bootstrap: Sequence[BootstrapFault] = ()
+) -> dict[str, str]:
     """What does not go on, by a name that stays the same while it lasts, and what to do.
 
     Args:
@@ -28,6 +33,7 @@ def causes_of(status: SwarmStatus, tenure: float, expires: float, disk_free: int
         tenure: the run's tenure in seconds.
         expires: when the manifest expires, in Unix seconds.
         disk_free: free bytes of the disk that holds the run.
+        bootstrap: addresses of the ticket that do not answer.
     """
     found = {_name(stall): f"{name_of(stall)}: {stall.why} {stall.remedy}" for stall in status.stalls if _is_red(stall)}
     for shard in status.shards:
@@ -37,12 +43,59 @@ def causes_of(status: SwarmStatus, tenure: float, expires: float, disk_free: int
                 f"expert {shard.shard:03d}: only the coordinator holds its accepted checkpoint. Back the run up with `lutetia "
                 "coordinator backup`, and find more volunteers."
             )
+    found |= dict(_refused_twice(status))
+    for fault in bootstrap:
+        found[f"bootstrap/{fault.address}"] = (
+            f"bootstrap: {fault.address} of the ticket does not answer: {fault.why}. Try it from another machine: `lutetia "
+            "doctor TICKET`."
+        )
+    if apart := _versions_apart(status):
+        found["versions"] = apart
     if disk_free < LEAST_DISK:
         found["disk"] = f"disk: {disk_free / 1e6:.0f} MB are free where the run is kept. Free some, or nothing is accepted soon."
     if 0 < expires - status.time < EXPIRES_SOON:
         days = (expires - status.time) / 86_400
         found["expiry"] = f"manifest: it expires in {days:.1f} days. Prolong it: `lutetia run upgrade RUN --set valid_days=365`."
     return dict(list(found.items())[:MOST_CAUSES])
+
+
+def _refused_twice(status: SwarmStatus) -> Iterator[tuple[str, str]]:
+    """The shards where the same result was found invalid twice and none was accepted since.
+
+    A stranger can do that at will, so it counts for the shard's holder and for peers with accepted work alone.
+    """
+    known = {node.owner for node in status.nodes if node.accepted}
+    seen: Counter[tuple[int, str]] = Counter()
+    for refusal in status.refusals:
+        if refusal.verdict != "invalid" or refusal.shard >= len(status.shards):
+            continue
+        shard = status.shards[refusal.shard]
+        seen[refusal.shard, refusal.checkpoint] += 1
+        late = shard.last_accepted is None or shard.last_accepted < refusal.time
+        if seen[refusal.shard, refusal.checkpoint] == 2 and late and (refusal.owner == shard.owner or refusal.owner in known):
+            text = f"the same result was refused twice, last at the check {refusal.check}: {refusal.text}."
+            yield f"twice/{refusal.shard}", f"expert {refusal.shard:03d}: {text} `lutetia run why RUN {refusal.shard}`."
+
+
+def _versions_apart(status: SwarmStatus) -> str:
+    """Which releases the peers that work run beside the coordinator's; empty: they are of one release."""
+    working = [_release(node.software) for node in status.nodes if node.shard is not None or node.accepted]
+    own = _release(status.software)
+    apart = sorted({found for found in working if found}) if own else []
+    others = [".".join(map(str, found)) for found in apart if found != own]
+    if not own or not others:
+        return ""
+    count = sum(found is not None and found != own for found in working)
+    return (
+        f"versions: {count} of {len(working)} peers that work run Lutetia {', '.join(others)}, the coordinator "
+        f"{own[0]}.{own[1]}. A release works with the one before it; upgrade the older side."
+    )
+
+
+def _release(software: str) -> tuple[int, int] | None:
+    """The release that a version belongs to; None: it says none."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", software)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def _is_red(stall: StallStatus) -> bool:

@@ -6,10 +6,11 @@ import asyncio
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.alerts.causes import MOST_CAUSES, Told, causes_of, look
 from lutetia.coordinator.alerts.channels import channels_of, deliver
 from lutetia.coordinator.settings import AlertSettings
@@ -32,6 +33,7 @@ class OwnerAlerts:
     status: Callable[[], SwarmStatus]
     manifest: Callable[[], Manifest]
     path: Path
+    bootstrap: Callable[[], Sequence[BootstrapFault]] = lambda: ()
     told: Told = field(default_factory=Told)
     _missed: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _failing: set[str] = field(default_factory=set)
@@ -50,7 +52,7 @@ class OwnerAlerts:
     async def look_once(self, disk_free: int) -> None:
         """Look at the status, and tell what is new on all channels at once."""
         status, manifest = self.status(), self.manifest()
-        causes = causes_of(status, manifest.timing.tenure, manifest.expires, disk_free)
+        causes = causes_of(status, manifest.timing.tenure, manifest.expires, disk_free, self.bootstrap())
         before, (self.told, lines) = self.told, look(self.told, causes, status.time)
         if self.told.known != before.known:
             await self._keep()

@@ -110,7 +110,9 @@ def build_app(
 def _server_facts(rate: RateLimit, source: RunSource | None) -> ServerFacts:
     if source is None:
         return ServerFacts(rate.taken)
-    return ServerFacts(rate.taken, source.history, source.manifest().expires, disk_free(source.folder.root))
+    return ServerFacts(
+        rate.taken, source.history, source.manifest().expires, disk_free(source.folder.root), len(source.bootstrap())
+    )
 
 
 def _page(status: SwarmStatus) -> bytes:

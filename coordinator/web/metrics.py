@@ -28,12 +28,14 @@ class ServerFacts:
         history: of the ledger's events; None: it is not shown.
         expires: when the manifest expires, in Unix seconds; None: not shown.
         disk_free: free bytes of the disk with the run's folder; None: not known.
+        bootstrap_down: addresses of the ticket that do not answer.
     """
 
     sent: int = 0
     history: History | None = None
     expires: float | None = None
     disk_free: int | None = None
+    bootstrap_down: int = 0
 
 
 class _StatusCollector(Collector):
@@ -57,6 +59,8 @@ def _server_metrics(status: SwarmStatus, facts: ServerFacts) -> Iterator[Metric]
     yield CounterMetricFamily("lutetia_blob_sent_bytes", "Bytes of blobs sent to peers and over HTTP.", facts.sent)
     if facts.disk_free is not None:
         yield GaugeMetricFamily("lutetia_disk_free_bytes", "Free bytes of the disk with the run's folder.", facts.disk_free)
+    down = GaugeMetricFamily("lutetia_bootstrap_down", "Addresses of the ticket that do not answer.", facts.bootstrap_down)
+    yield down
     if facts.expires is not None:
         yield GaugeMetricFamily("lutetia_manifest_expires_seconds", "When the manifest expires, Unix seconds.", facts.expires)
     if facts.history is not None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from lutetia.coordinator.ledger.events import CheckCost, ResultRefused
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
+from lutetia.coordinator.web.app import bind, page_address
 from lutetia.coordinator.web.metrics import STALL_KINDS, ServerFacts, metrics_text
 from lutetia.protocol.schema.records import Hardware, NodeRecord
+from lutetia.protocol.schema.status import SwarmStatus
 from tests.coordinator.acceptance.judge_driver import PEERS, blob
 from tests.coordinator.web.api.recorded_run import RecordedRun, record_run, serving
 from tests.docker.test_docker import DOCKER, tool
@@ -91,6 +95,57 @@ async def test_promtool_finds_nothing_in_metrics_rules_and_settings(run: Recorde
     promtool("check", "metrics", input=await shown(run))
     promtool("check", "rules", MONITORING / "alerts.yml")
     promtool("check", "config", MONITORING / "prometheus.yml")
+
+
+async def test_prometheus_reads_a_served_run_and_answers_every_query(run: RecordedRun, tmp_path: Path) -> None:
+    """The real one, with our settings and rules; only the coordinator's address is another, and it asks every second."""
+    await shown(run)
+    folder = tmp_path / "prometheus"
+    folder.mkdir()
+    (folder / "alerts.yml").write_text((MONITORING / "alerts.yml").read_text())
+    document, reads, read_often = run.source.status, 0, asyncio.Event()
+
+    def counted() -> SwarmStatus:
+        nonlocal reads
+        reads += 1
+        if reads == 4:  # Prometheus has kept the answers before
+            read_often.set()
+        return document()
+
+    run.source.status = counted
+    listener = bind("127.0.0.1:0")
+    own = page_address(listener)
+    listener.close()
+    async with serving(run) as client, httpx.AsyncClient(base_url=own, timeout=10) as asking:
+        settings = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+        settings["global"] = dict.fromkeys(settings["global"], "1s")
+        settings["scrape_configs"][0]["static_configs"][0]["targets"] = [client.base_url.netloc.decode()]
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(settings))
+        process = await asyncio.create_subprocess_exec(
+            tool("prometheus"), f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={own.removeprefix('http://')}", stderr=asyncio.subprocess.DEVNULL,
+            env={"HOME": str(folder), "GOMAXPROCS": "1"},
+        )  # fmt: skip
+        try:
+
+            async def ask(query: str) -> Any:
+                answer = (await asking.get("/api/v1/query", params={"query": query})).json()
+                assert answer["status"] == "success", (query, answer)
+                return answer["data"]["result"]
+
+            async with asyncio.timeout(60):
+                await read_often.wait()
+            assert (await ask('up{job="lutetia"}'))[0]["value"][1] == "1"
+            asked = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
+            empty = [query for query in asked if not await ask(query)]
+            assert empty == ["increase(lutetia_shard_refusals_total[1h]) > 0"], "nothing was refused meanwhile"
+            for rule in RULES:
+                await ask(rule["expr"])
+            rules = (await asking.get("/api/v1/rules")).json()["data"]["groups"][0]["rules"]
+            assert [(rule["name"], rule.get("lastError")) for rule in rules] == [(rule["alert"], None) for rule in RULES]
+        finally:
+            process.terminate()
+            await process.wait()
 
 
 def test_alerts_fire_when_they_should() -> None:

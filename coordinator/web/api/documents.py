@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.web.api.people import CreditDocument
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import NodeStatus, PauseStatus, ShardStatus, StallStatus
@@ -133,6 +134,7 @@ class RunDocument(Frozen):
     reach: Literal["machine", "network", "anyone"] | None = Field(
         default=None, description="Who can dial an address of the ticket: this machine, its network, or anyone; null: no ticket"
     )
+    bootstrap: tuple[BootstrapFault, ...] = Field(default=(), description="Addresses of the ticket that do not answer now")
 
 
 class ShardDocument(Frozen):

@@ -72,7 +72,8 @@ def api_router(source: RunSource, limit: RequestLimit | None = None) -> APIRoute
         return answers.answer(
             request, live_tag(status),
             lambda: views.run_document(
-                status, source.manifest(), history, ticket_of(source), source.about, disk_free(source.folder.root)
+                status, source.manifest(), history, ticket_of(source), source.about,
+                disk_free(source.folder.root), source.bootstrap(),
             ),
         )  # fmt: skip
 

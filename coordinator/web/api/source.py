@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.ledger.log import Ledger, LedgerRow
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.history import History
@@ -29,6 +30,7 @@ class RunSource:
         earlier: reads the history of the ledger's first events, if a snapshot has it; else it is None. May block on the disk.
         about: what the owner says of the run, in one sentence.
         names: what peers with accepted work are called, by public key.
+        bootstrap: the addresses of the ticket that do not answer now.
     """
 
     folder: RunFolder
@@ -38,6 +40,7 @@ class RunSource:
     earlier: Callable[[], History | None] = lambda: None
     about: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    bootstrap: Callable[[], Sequence[BootstrapFault]] = lambda: ()
     history: History = field(default_factory=History)
     _more: set[asyncio.Event] = field(default_factory=set)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lutetia.coordinator.addresses import Reach, reach_of_ticket
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.log import LedgerRow
 from lutetia.coordinator.mixtures.archive import find_description
@@ -53,8 +54,9 @@ _LEAST_DISK = 1 << 30
 
 
 def run_document(
-    status: SwarmStatus, manifest: Manifest, history: History, ticket: str, about: str = "", disk_free: int | None = None
-) -> RunDocument:
+    status: SwarmStatus, manifest: Manifest, history: History, ticket: str, about: str = "", disk_free: int | None = None,
+    bootstrap: Sequence[BootstrapFault] = (),
+) -> RunDocument:  # fmt: skip
     results = [shard.accepted for shard in history.shards.values()]
     state = (
         "finished"
@@ -80,7 +82,7 @@ def run_document(
         join=f"lutetia join {ticket}" if ticket else "", memory_bytes=manifest.hardware.memory_bytes,
         disk_bytes=manifest.hardware.disk_bytes, stalls=status.stalls, about=about, bytes_accepted=history.weights_bytes,
         disk_free_bytes=disk_free, disk_needed_bytes=_disk_needed(history), reach=_reach(ticket),
-        paused=status.paused,
+        paused=status.paused, bootstrap=tuple(bootstrap),
     )  # fmt: skip
 
 

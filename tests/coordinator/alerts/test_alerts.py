@@ -22,7 +22,7 @@ from lutetia.coordinator.alerts.causes import GAP_SECONDS, GONE_SECONDS, LEAST_D
 from lutetia.coordinator.alerts.channels import deliver
 from lutetia.coordinator.alerts.service import OwnerAlerts
 from lutetia.coordinator.settings import AlertSettings, MailSettings
-from lutetia.protocol.schema.status import PauseStatus, StallStatus, SwarmStatus
+from lutetia.protocol.schema.status import NodeStatus, PauseStatus, RefusalStatus, StallStatus, SwarmStatus
 from tests.cli.sample_documents import NOW, shard, status
 from tests.coordinator.acceptance.judge_driver import make_manifest
 
@@ -67,6 +67,54 @@ def test_cause_is_told_once_and_again_after_it_went_away():
     assert lines == (), "the next message is not due yet"
     told, lines = look(told, {"a": "A", "c": "C"}, 1000.0 + GAP_SECONDS)
     assert lines == ("C",)
+
+
+def refusal(owner: str, second: float, checkpoint: str = "cd" * 32, verdict: str = "invalid") -> RefusalStatus:
+    return RefusalStatus(
+        time=NOW - second, check="numbers", shard=0, epoch=4, owner=owner, checkpoint=checkpoint, verdict=verdict, text="tensor x"
+    )
+
+
+async def test_a_result_that_is_refused_twice_is_told_once(tmp_path: Path):
+    document, out = red(), tmp_path / "told"
+    node = document.nodes[0].model_copy(update={"accepted": 1})
+    before = document.shards[0].model_copy(update={"last_accepted": NOW - 500})
+    document = document.model_copy(update={"nodes": (node,), "shards": (before, document.shards[1])})
+
+    def causes(*refusals: RefusalStatus) -> dict[str, str]:
+        return causes_of(document.model_copy(update={"refusals": refusals}), 600.0, NOW + 1e9, DISK)
+
+    twice = (refusal(node.owner, 90), refusal(node.owner, 60))
+    assert causes(*twice)["twice/0"].startswith("expert 000: the same result was refused twice, last at the check numbers")
+    assert causes(twice[0], refusal(node.owner, 60, "ef" * 32)) == {}, "two results"
+    assert causes(refusal("ef" * 32, 90), refusal("ef" * 32, 60)) == {}, "a stranger's"
+    assert causes(refusal(node.owner, 90, verdict="inconclusive"), refusal(node.owner, 60, verdict="inconclusive")) == {}
+    assert causes(refusal(node.owner, 900), refusal(node.owner, 600)) == {}, "one was accepted since"
+    seen = [document.model_copy(update={"refusals": twice})]
+    alerts = OwnerAlerts(AlertSettings(command=f"tee -a {out}"), lambda: seen[0], lambda: MANIFEST, tmp_path / "alerts.json")
+    for number in range(3):
+        update = {"refusals": (*twice, refusal(node.owner, 50 - number)), "time": NOW + number * GAP_SECONDS}
+        seen[0] = document.model_copy(update=update)
+        await alerts.look_once(DISK)
+    assert out.read_text().count("refused twice") == 1
+
+
+def test_releases_apart_are_one_cause_and_strangers_are_not_counted():
+    document = red(software="0.3.1")
+    node = document.nodes[0]
+    nodes = tuple(
+        node.model_copy(update={"owner": f"{number:064x}", "shard": shard, "accepted": accepted, "software": software})
+        for number, (shard, accepted, software) in enumerate(
+            [(0, 0, "0.3.0"), (1, 0, "0.1.7"), (None, 3, "0.2.0 dev"), (None, 0, "9.9"), (None, 2, "mine")]
+        )
+    )
+
+    def causes(*shown: NodeStatus) -> dict[str, str]:
+        return causes_of(document.model_copy(update={"nodes": shown}), 600.0, NOW + 1e9, DISK)
+
+    text = causes(*nodes)["versions"]
+    assert text.startswith("versions: 2 of 4 peers that work run Lutetia 0.1, 0.2, the coordinator 0.3.")
+    assert causes(nodes[0], *nodes[3:]) == {}
 
 
 @given(st.lists(st.sets(st.sampled_from("abcdefgh")), max_size=60))

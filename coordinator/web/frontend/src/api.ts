@@ -16,6 +16,7 @@ export interface Run {
   peers_online: number; peers_day: number; accepted: number; rejected: number; events: number; ticket: string; join: string
   memory_bytes: number; disk_bytes: number; stalls: Stall[]; about: string; bytes_accepted: number; disk_free_bytes: number | null
   disk_needed_bytes: number; reach: 'machine' | 'network' | 'anyone' | null
+  bootstrap?: { address: string; since: number; why: string }[]
 }
 export interface ShardStatus {
   shard: number; name: string; epoch: number; epochs: number; samples: number; samples_budget: number; state: string

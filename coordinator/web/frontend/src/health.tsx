@@ -28,7 +28,9 @@ function ofTheCoordinator({ run, peers }: Everything): Line[] {
   if (run.disk_free_bytes !== null && run.disk_free_bytes < run.disk_needed_bytes) {
     lines.push({ level: 'red', what: 'disk of the coordinator', since: '', why: `${bytes(run.disk_free_bytes)} are free; the next results of all experts may need ${bytes(run.disk_needed_bytes)}.`, todo: 'Free space, or move the run to a larger disk.' })
   }
-  if (run.peers_online === 0 && run.peers_day > 0 && run.state !== 'finished') {
+  const down = run.bootstrap ?? []
+  for (const fault of down) lines.push({ level: 'red', what: 'bootstrap', since: ago(fault.since, run.time), why: `${fault.address} of the ticket does not answer: ${fault.why}.`, todo: 'Try it from another machine: lutetia doctor TICKET.' })
+  if (down.length === 0 && run.peers_online === 0 && run.peers_day > 0 && run.state !== 'finished') {
     lines.push({ level: 'red', what: 'bootstrap', since: '', why: 'No peer is online, though some were within 24 hours: the ticket’s address may not be reached from outside.', todo: 'Check its port from another machine: lutetia doctor TICKET.' })
   }
   if (run.expires < run.time) lines.push({ level: 'red', what: 'manifest', since: ago(run.expires, run.time), why: 'The manifest has expired: nobody can join.', todo: 'lutetia run upgrade' })

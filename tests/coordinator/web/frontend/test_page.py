@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import expect
 
+from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasured
 from lutetia.coordinator.web.frontend import BUILT
 from lutetia.protocol.schema.ticket import Ticket
@@ -127,6 +128,11 @@ async def test_time_machine_sets_everything_back(tmp_path: Path) -> None:
         await page.get_by_role("button", name="now").click()
         await expect(page.locator(".coverage tbody tr").first).to_contain_text("1/9")
         await expect(page.locator(".health")).to_contain_text("Name a public address")
+        run.source.bootstrap = lambda: (BootstrapFault(address=place, since=run.driver.now, why="nothing listens <b>there</b>"),)
+        run.write(back.model_copy(update={"epoch": 0, "term": 2}))
+        await expect(page.locator(".health .red", has_text="bootstrap")).to_contain_text(
+            f"{place} of the ticket does not answer: nothing listens <b>there</b>."
+        )
         assert not wrong
 
 
@@ -183,6 +189,21 @@ async def test_a_volunteer_finds_what_counted_and_what_did_not(tmp_path: Path) -
         await page.get_by_label("Find me").fill("nobody")
         await page.get_by_role("button", name="find").click()
         await expect(page.get_by_role("alert")).to_contain_text("knows no such peer")
+
+
+async def test_a_name_is_shown_until_the_owner_hides_it(tmp_path: Path) -> None:
+    run = record_run(tmp_path / "run")  # peer 0 has chosen a name
+    async with browser() as chromium, opened(run, chromium, 360) as (page, wrong):
+        row = page.locator("#people ~ .scroll tbody tr", has_text=PEERS[0].public_key[:8])
+        await expect(row.locator("bdi.who")).to_have_text("Adas lab")
+        orders = run.driver.manifest.orders.model_copy(update={"hidden_names": (PEERS[0].public_key,)})
+        manifest = run.driver.manifest
+        run.driver.manifest = manifest.model_copy(update={"orders": orders, "run": manifest.run_id, "version": 2})
+        run.accept(0, shard=1)
+        run.write()
+        await expect(row).to_contain_text("8")  # of the new result: the page has read everything again
+        await expect(page.get_by_text("Adas lab")).to_have_count(0)
+        assert not wrong
 
 
 async def test_a_thousand_peers_and_one_are_both_readable(tmp_path: Path) -> None:
