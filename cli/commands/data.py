@@ -52,7 +52,8 @@ def init(
 
 
 def _proposed(report: InitReport, out: Path, clips: Path) -> str:
-    from lutetia.cli.init.settings_file import commands, hours_text
+    from lutetia.cli.init.settings_file import commands
+    from lutetia.models.training.memory.needs import hours_text
     from lutetia.system.errors import plain
 
     data, budget = report.data, report.budget
@@ -60,7 +61,7 @@ def _proposed(report: InitReport, out: Path, clips: Path) -> str:
     lines += [f"{report.unused} other {'file is' if report.unused == 1 else 'files are'} not used"] if report.unused else []
     lines += [
         f"{out} proposes {data.experts} experts of {report.measured.parameters / 1e6:.1f} million parameters, a batch of "
-        f"{data.batch}, about {hours_text(budget.hours)} each on this machine ({report.measured.device}). Read it, then:",
+        f"{data.batch}, {hours_text(budget.hours)} each on this machine ({report.measured.device}). Read it, then:",
         *(plain(f"  {command}") for command in commands(clips, out)),
     ]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lutetia.cli.doctor.checks import DoctorFinding
 from lutetia.models.training.memory.forecast import Forecast, forecast
-from lutetia.models.training.memory.plan import GB
+from lutetia.models.training.memory.needs import size_text
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.ticket import Ticket
@@ -50,7 +50,7 @@ def coordinator_needs(manifest: Manifest) -> str:
     )
     data = sum(shard.data_bytes or shard.train.size for shard in manifest.shards)
     return (
-        f"the coordinator's disk: up to {(results + data) / GB:.3g} GB, of which results {results / GB:.3g} GB (weights of all "
+        f"the coordinator's disk: up to {size_text(results + data)}, of which results {size_text(results)} (weights of all "
         f"epochs, which mixtures name, unless the setting kept_mixtures bounds these, and training states of the last {kept}), "
         "and as much as the largest result for each that arrives"
     )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lutetia.cli.init.proposal import BudgetChoice, DataChoice, Measured
+from lutetia.models.training.memory.needs import hours_text
 
 DATA, RUN = "data", "run"  # folders in the commands below
 _COLUMN = 33  # of the comments
@@ -95,11 +96,6 @@ def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline:
         ("[run.optimisation]", ""),
         (f"batch = {choice.batch}", choice.why["batch"]),
     ]
-
-
-def hours_text(hours: float) -> str:
-    """The time that an expert takes, in words."""
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
 
 
 def _comment(text: str) -> str:

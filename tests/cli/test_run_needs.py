@@ -9,6 +9,7 @@ import pytest
 from lutetia.cli.doctor.run_needs import check_run, coordinator_needs, here_lines, node_needs
 from lutetia.coordinator.acceptance.retention import kept_bytes
 from lutetia.models.training.memory.forecast import checkpoint_form, forecast, run_needs
+from lutetia.models.training.memory.needs import hours_text, size_text
 from lutetia.node.runtime.workspace import RunPaths
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.capabilities import COMPACT
@@ -28,11 +29,23 @@ def test_needs_of_a_large_expert_are_named_in_gb():
     assert "1419 million parameters" in expert
     assert "with all that saves memory" in card
     assert "5.69 GB on the wire" in checkpoint
-    assert "hours" in hours
+    assert "a shard's budget: about a minute at 30 TFLOP/s" in hours
     needed = forecast(manifest)
     assert needed.plain > 28e9 > 16e9 > needed.least
     assert needed.host == 4 * needed.needs.trained
     assert "unless the setting kept_mixtures bounds these" in coordinator_needs(manifest)
+
+
+def test_sizes_and_times_have_the_unit_that_fits():
+    sizes = {12: "12 B", 1_234: "1.23 kB", 64_900: "64.9 kB", 260e6: "260 MB", 5.69e9: "5.69 GB", 2e12: "2 TB"}
+    assert {count: size_text(count) for count in sizes} == sizes
+    assert [hours_text(hours) for hours in (0.001, 0.02, 0.6, 8, 120.4)] == [
+        "less than a minute",
+        "about a minute",
+        "about 36 minutes",
+        "about 8 hours",
+        "about 120 hours",
+    ]
 
 
 def test_large_experts_get_compact_checkpoints_unless_the_owner_says_otherwise():
@@ -58,12 +71,12 @@ def test_doctor_tells_hours_by_the_probed_rate_and_the_base_to_fetch(tmp_path: P
     large = base.model_copy(update={"served": True, "files": {"model.safetensors": BlobRef(digest="0" * 64, size=28 * 10**9)}})
     manifest = tiny_manifest(expert=expert.model_copy(update={"adapter": expert.adapter.model_copy(update={"base": large})}))
     seen = "; ".join(here_lines(manifest, tmp_path))
-    assert "the base: 28 GB to fetch once, about 0.62 hours at 100 Mbit/s" in seen
-    assert "hours at 30 TFLOP/s" in seen
+    assert "the base: 28 GB to fetch once, about 37 minutes at 100 Mbit/s" in seen
+    assert "a minute at 30 TFLOP/s" in seen
     paths = RunPaths(tmp_path, manifest.run_id)
     paths.folder.mkdir(parents=True)
     paths.probe_result("cpu").write_bytes(canonical(probe_result().model_copy(update={"samples_per_second": 2.0})))
-    told = f"about {manifest.samples_per_shard / 7200:.3g} hours at 2 samples/s, as probed here"
+    told = f"{hours_text(manifest.samples_per_shard / 7200)} at 2 samples/s, as probed here"
     assert told in "; ".join(here_lines(manifest, tmp_path))
     with pytest.raises(ConfigError, match="which the run's owner does not serve"):
         here_lines(tiny_manifest(expert=expert), tmp_path)
@@ -73,7 +86,8 @@ def test_join_tells_all_of_it_in_two_lines():
     needs = run_needs(tiny_manifest(expert=WAN_1_3B, latent=WAN_256)).model_copy(update={"base": 10**9})
     first, second = needs.two_lines("cuda:0", (16 * 10**9, 5 * 10**9), 0.5, base_here=False)
     assert first == "expert: 1419 million parameters, 1419 million trained; on cuda:0: 16 GB and 5 GB of main memory"
-    for part in ("a checkpoint: 22.7 GB", "a node's disk: ", "hours at 0.5 samples/s", "the base: 1 GB to fetch once"):
+    hours = f"{hours_text(needs.samples / 1800)} at 0.5 samples/s"
+    for part in ("a checkpoint: 22.7 GB", "a node's disk: ", hours, "the base: 1 GB to fetch once"):
         assert part in second
     assert "on this machine already" in needs.two_lines("cuda:0", None, None, base_here=True)[1]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -130,7 +131,8 @@ def _kept(model: nn.Module, latent: LatentSpec, rows: int, precision: Precision,
     autocast = nullcontext() if precision == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
     x = torch.empty(rows, *latent.shape)
     text, pooled = torch.empty(rows, latent.text_tokens, latent.text_width), torch.empty(rows, latent.pooled_width)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # about speed; nothing is computed here
         call_expert(model, x, torch.empty(rows), text, pooled)
     for handle in handles:
         handle.remove()

@@ -9,8 +9,8 @@ from lutetia.models.experts.families import build_meta, family_of
 from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.checkpoint_checks import published_schema, state_schema
 from lutetia.models.training.memory.activations import expert_facts
-from lutetia.models.training.memory.needs import RunNeeds
-from lutetia.models.training.memory.plan import GB, ladder, memory_need
+from lutetia.models.training.memory.needs import RunNeeds, size_text
+from lutetia.models.training.memory.plan import ladder, memory_need
 from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 
@@ -27,7 +27,7 @@ def checkpoint_form(wanted: str, expert: ExpertSpec) -> tuple[CheckpointForm, st
         return "float32", f"an expert trains {trained / 1e6:.1f} million numbers, fewer than {LARGE / 1e6:.0f}"
     return (
         "compact",
-        f"an expert trains {trained / 1e6:.0f} million numbers; in float32 each checkpoint would have {16 * trained / GB:.1f} GB",
+        f"an expert trains {trained / 1e6:.0f} million numbers; in float32 each checkpoint would have {size_text(16 * trained)}",
     )
 
 
@@ -46,8 +46,8 @@ class Forecast:
     def lines(self, rate: float | None = None, *, base_here: bool = False) -> list[str]:
         """For people. `rate`: samples per second that a probe measured. `base_here`: the base's files are on this machine."""
         memory = (
-            f"memory of a card: {self.plain / GB:.3g} GB as it is, {self.least / GB:.3g} GB with all that saves memory, "
-            f"and then {self.host / GB:.3g} GB of main memory"
+            f"memory of a card: {size_text(self.plain)} as it is, {size_text(self.least)} with all that saves memory, "
+            f"and then {size_text(self.host)} of main memory"
         )
         needs = self.needs
         lines = [needs.size_line(), memory, needs.disk_line(), needs.hours_line(rate), needs.base_line(here=base_here)]
