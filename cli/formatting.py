@@ -54,6 +54,15 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def decimal_size(count: float) -> str:
+    """A number of bytes with its decimal unit, as in the settings."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def bar(share: float, width: int = 12) -> str:
     """A text bar of `width` cells, of which `share` (0 to 1) are full."""
     full = round(max(0.0, min(1.0, share)) * width)
