@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lutetia.models.training.memory.needs import size_text
 from lutetia.node.runtime.replication_policy import COPIES_WANTED
 from lutetia.protocol.joining import REMEMBER_PERIOD
 from lutetia.protocol.schema.records import node_keys
@@ -43,10 +44,10 @@ class TrafficForecast:
         """For people."""
         hour = f"{self.results:.3g} results an hour"
         return [
-            f"bytes: about {_size(self.sent)} an hour sent and {_size(self.received)} received while it trains ({hour})",
-            f"up to {_size(self.copied)} an hour more for copies of results",
-            f"{_size(self.once)} once for data and the checkpoint to go on from",
-            f"up to {_size(self.standby)} an hour while it stands by and checks others' work",
+            f"bytes: about {size_text(self.sent)} an hour sent and {size_text(self.received)} received while it trains ({hour})",
+            f"up to {size_text(self.copied)} an hour more for copies of results",
+            f"{size_text(self.once)} once for data and the checkpoint to go on from",
+            f"up to {size_text(self.standby)} an hour while it stands by and checks others' work",
         ]
 
 
@@ -71,7 +72,3 @@ def forecast_traffic(
         results=results, sent=results * result + records, copied=served * (2 if copies else 1), received=records,
         once=data + result, standby=results * (2 * result + data) if audits else 0.0,
     )  # fmt: skip
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
