@@ -65,7 +65,7 @@ def device_bytes(shell: DeviceShell) -> DeviceBytes:
     result = fits[shard].result_bytes if shard in fits else 0
     rate = shell.trainer.report.rate if shell.trainer.report else 0.0
     return DeviceBytes(
-        result, begun=len(work.pending) + (work.trainer == "on" and not work.waiting), data=_missing(shell, shard),
+        result, begun=len(work.pending) + (work.trainer == "on" and not work.waiting), data=_missing(shell, work.shard),
         parent=result if state.phase == "syncing" else 0,
         per_second=result * (rate or shell.prober.result.samples_per_second) / _samples(manifest, lane),
     )  # fmt: skip
@@ -87,14 +87,15 @@ def share_of_epoch(manifest: Manifest, spec: ShardSpec) -> float:
     return min(1.0, manifest.checkpoint_samples / spec.clips)
 
 
-def _missing(shell: DeviceShell, shard: int) -> int:
+def _missing(shell: DeviceShell, slot: int) -> int:
     """Bytes of the data of an epoch that are not here. Blocks on the disk."""
+    shard, _ = shard_and_lane(slot)
     workspace, spec = shell.workspace, shell.manifest.shards[shard]
     if spec.data_bytes is None:
         return 0 if workspace.store.has(spec.train.digest) else spec.train.size
     if not workspace.store.has(spec.train.digest):
         return epoch_data(shell.manifest, shard)
-    missing = sum(ref.size for ref in workspace.parts(shard) if not workspace.store.has(ref.digest))
+    missing = sum(ref.size for ref in workspace.parts(slot) if not workspace.store.has(ref.digest))
     return min(missing, epoch_data(shell.manifest, shard))
 
 
