@@ -40,6 +40,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def rate(per_second: float) -> str:
+    """A rate per second; a slow one keeps two digits, because a volunteer with a large model would see 0.0."""
+    return f"{per_second:.1f}" if per_second >= 1 or not per_second else f"{per_second:.2g}"
+
+
 def thousands(value: int) -> str:
     """An integer with spaces between thousands."""
     return f"{value:,}".replace(",", " ")

@@ -155,14 +155,14 @@ def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
 
 def _work(document: dict[str, Any]) -> str:
     """The shard that a device or node works on, and how far it is."""
-    from lutetia.cli.formatting import number
+    from lutetia.cli.formatting import number, rate
     from lutetia.cli.progress import current_epoch, expert_of
 
     if document["shard"] is None:
         return "-"
     epoch = current_epoch(document) if document["epochs"] and document["epoch"] is not None else "?"
     done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
-    speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
+    speed = f"{rate(document['samples_per_second'] or 0.0)} samples/s"
     loss = f"training loss {number(document['loss'])}"
     return f"{expert_of(document)}, {done}, {loss}, {speed}"
 
