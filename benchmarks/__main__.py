@@ -30,6 +30,7 @@ STUDIES = {
     "page": "benchmarks.page.main",
     "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
+    "team-swarm": "benchmarks.teams.swarm.main",
     "teams": "benchmarks.teams.main",
 }
 NAMES = sorted(module.name for module in pkgutil.iter_modules(measures.__path__) if not module.name.endswith("_process"))

@@ -14,6 +14,7 @@ from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 from lutetia.protocol.schema.ticket import Place
 
@@ -111,6 +112,9 @@ class RunSettings(_Settings):
         default=0.3, ge=0,
         description="Fraction by which the held-out loss of the raw parameters may exceed that of average and parent",
     )  # fmt: skip
+    team: TeamSpec | None = Field(
+        default=None, description="Lanes in which several nodes train one epoch of an expert; without it one node trains it"
+    )
     router: RouterSpec = Field(default=RouterSpec(), description="The router")
     sampling: SamplingSpec = Field(default=SamplingSpec(), description="How the gallery is sampled from the mixture")
     timing: Timing = Field(default=Timing(), description="Heartbeat, tenure and clock skew")

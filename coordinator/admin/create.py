@@ -28,7 +28,7 @@ from lutetia.models.data.description import DataDescription, DataFile, files_of,
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.capabilities import COMPACT, SHARD_PARTS
+from lutetia.protocol.schema.capabilities import COMPACT, LANES, SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, first_problem, needed_capabilities
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
@@ -221,8 +221,9 @@ def _manifest(
             needs=(
                 SHARD_PARTS, *needed_capabilities(expert, settings.optimisation),
                 *pipeline_needs(expert, description.latent, settings.sampling), *([COMPACT] * (form == "compact")),
+                *([LANES] * (settings.team is not None)),
             ),
-            checkpoints=form,
+            checkpoints=form, team=settings.team,
             card=settings.card,
         )  # fmt: skip
     except ValidationError as error:

@@ -12,21 +12,10 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 from __future__ import annotations
 
 from lutetia.node.machine.claiming import continue_claiming, look_at_due_shards, set_watched_shards, swarm_seen
-from lutetia.node.machine.commands import (
-    bytes_allowed,
-    device_gone,
-    drain,
-    follow_ban,
-    hours_changed,
-    pause,
-    resume,
-    user_verb,
-    why_paused,
-)
+from lutetia.node.machine.commands import device_gone, drain, follow_ban, hours_changed, pause, resume, user_verb, why_paused
 from lutetia.node.machine.lease import shard_synced, sync_failed
 from lutetia.node.machine.messages import (
     Action,
-    BytesAllowed,
     CheckpointReady,
     ClockTick,
     DeviceGone,
@@ -142,8 +131,6 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
             follow_ban(transition)
         case HoursChanged(closed_until=closed_until):
             hours_changed(transition, closed_until)
-        case BytesAllowed():
-            bytes_allowed(transition, event)
         case ShardsTaken(shards=shards):
             freed = transition.state.taken - shards
             transition.set(taken=shards)
@@ -203,9 +190,7 @@ def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     transition.set(look_at=transition.now)
     if transition.state.phase != "probing":
         return
-    state = transition.state
-    held = state.closed_until is not None or state.bytes_until is not None or transition.rules.banned is not None
-    if state.wanted == "pause" or held:
+    if transition.state.wanted == "pause" or transition.state.closed_until is not None or transition.rules.banned is not None:
         transition.enter("paused", why_paused(transition))
     else:
         transition.enter(

@@ -16,12 +16,12 @@ PIPELINES = "pipelines"
 LOSS_WEIGHTS = "loss-weights"
 COMPACT = "compact-checkpoints"
 LANES = "lanes"
-"""Trains one epoch in several lanes, and merges them. Not among those below yet: only the simulation carries lanes out."""
-CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT)
+CAPABILITIES: tuple[str, ...] = ("unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT, LANES)
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.
 `pipelines`: gives experts texts, inputs and noise as the diffusers pipeline does that they start from.
-`loss-weights`: weighs losses as the manifest says. `compact-checkpoints`: writes and reads checkpoints in the compact form."""
+`loss-weights`: weighs losses as the manifest says. `compact-checkpoints`: writes and reads checkpoints in the compact form.
+`lanes`: trains, replays and merges the lanes of an epoch."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

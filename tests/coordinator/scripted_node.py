@@ -125,10 +125,12 @@ class ScriptedNode:
         document = await ask_document(self.transport, self.coordinator, STATUS, self.ticket.addresses)
         return SwarmStatus.model_validate_json(document)
 
-    def train(self, shard: int, spoil: Callable[[dict[str, torch.Tensor]], None] | None = None) -> CheckpointRecord:
-        """Train one more epoch and serve its blobs; returns the checkpoint's record."""
+    def train(
+        self, shard: int, spoil: Callable[[dict[str, torch.Tensor]], None] | None = None, *, lane: int = 0, said: int = 0
+    ) -> CheckpointRecord:
+        """Train one more epoch of a lane and serve its blobs; returns the checkpoint's record. `said`: the lane that it names."""
         manifest = self.signed.manifest
-        trainer = self.trainers.setdefault(shard, ExpertTrainer(manifest, shard, clips(shard, 6, 5)))
+        trainer = self.trainers.setdefault(shard, ExpertTrainer(manifest, shard, clips(shard, 6, 5), lane=lane))
         trainer.step()
         while not trainer.at_epoch_end:
             trainer.step()
@@ -145,7 +147,7 @@ class ScriptedNode:
         return CheckpointRecord(
             run=manifest.run_id, owner=self.identity.public_key, issued=self.transport.now(), shard=shard, epoch=snapshot.epoch,
             parent=self.parents.get(shard), weights=weights, state=state, trace=trace, samples=snapshot.samples, loss=0.5,
-            peer_id=self.transport.peer_id, addresses=tuple(self.transport.addresses()),
+            peer_id=self.transport.peer_id, addresses=tuple(self.transport.addresses()), lane=said,
         )  # fmt: skip
 
     async def file(self, record: CheckpointRecord) -> None:

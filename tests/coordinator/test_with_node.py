@@ -30,11 +30,11 @@ from tests.coordinator.tiny_data import clips, latent_spec
 SAMPLED = TINY["sampling"]
 
 
-async def start_node(ticket: str, folder: Path, threads: int = 1) -> asyncio.subprocess.Process:
+async def start_node(ticket: str, folder: Path, threads: int = 1, **environment: str) -> asyncio.subprocess.Process:
     arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu"]
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "lutetia.cli", *arguments, "--threads", str(threads), start_new_session=True,
-        env=child_environment(OMP_NUM_THREADS=str(threads)),
+        env=child_environment(OMP_NUM_THREADS=str(threads), **environment),
     )  # fmt: skip
 
 

@@ -21,7 +21,9 @@ from lutetia.models.experts.adapters.base_sources import read_paths
 from lutetia.models.experts.families import build_expert
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
+from lutetia.protocol.schema.capabilities import CAPABILITIES, LANES
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import open_manifest
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.protocol.schema.ticket import Ticket
@@ -120,6 +122,18 @@ def test_warm_start_weights_are_a_blob_of_the_run(data: Path, tmp_path: Path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["given", "run"]
     with pytest.raises(ValidationError, match="set warm_start to the model to take the first weights from"):
         RunSettings(expert=created.manifest.expert)
+
+
+def test_team_stands_in_the_manifest_with_the_capability_that_it_needs(data: Path, tmp_path: Path):
+    settings = RunSettings(preset="tiny", team={"lanes": 3, "shares": [1.0, 0.5]})  # pyright: ignore[reportArgumentType]
+    created = create_run(data, tmp_path / "run", settings)
+    assert created.manifest.lanes == 3
+    assert [created.manifest.lane_steps(lane) for lane in range(3)] == [4, 2, 4]
+    sealed = RunFolder(created.folder).manifest.read_bytes()
+    assert open_manifest(sealed, now=time.time()).manifest == created.manifest
+    with pytest.raises(ConfigError, match="the run needs lanes"):
+        open_manifest(sealed, now=time.time(), known=[word for word in CAPABILITIES if word != LANES])
+    assert LANES not in create_run(data, tmp_path / "alone", RunSettings(preset="tiny")).manifest.needs
 
 
 def test_explicit_settings_override_the_preset():

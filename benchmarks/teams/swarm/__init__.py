@@ -1,0 +1,1 @@
+"""Nodes in lanes as real processes: how many accepted samples they deliver."""

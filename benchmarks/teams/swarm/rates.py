@@ -1,0 +1,85 @@
+"""Accepted samples per second of a served run, from its ledger. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lutetia.coordinator.ledger.events import CheckpointAccepted, Event, LaneAccepted, LanesMerged
+from lutetia.protocol.schema.manifest import Manifest
+
+
+class AcceptedWork(NamedTuple):
+    """One accepted result. `at` in Unix seconds."""
+
+    at: float
+    shard: int
+    epoch: int
+    author: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What nodes delivered in the measured time.
+
+    Attributes:
+        seconds: the measured time.
+        samples: of accepted results.
+        authors: samples by author.
+        epochs: seconds from one epoch of a shard to its next.
+    """
+
+    seconds: float
+    samples: int
+    authors: Mapping[str, int]
+    epochs: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        """Accepted samples per second."""
+        return self.samples / self.seconds
+
+
+def accepted_work(events: Iterable[Event], manifest: Manifest) -> list[AcceptedWork]:
+    """Every accepted result; those of lanes with the samples of their share."""
+    found = []
+    for event in events:
+        if isinstance(event, LaneAccepted | CheckpointAccepted):
+            given = event.acceptance
+            samples = event.samples if isinstance(event, LaneAccepted) else manifest.checkpoint_samples
+            found.append(AcceptedWork(event.time, given.shard, given.epoch, given.author, samples))
+    return found
+
+
+def epoch_ends(events: Iterable[Event]) -> dict[int, list[float]]:
+    """When each epoch of each shard was there, by shard, in Unix seconds."""
+    ends: dict[int, list[float]] = defaultdict(list)
+    for event in events:
+        if isinstance(event, CheckpointAccepted | LanesMerged):
+            ends[event.acceptance.shard].append(event.time)
+    return dict(ends)
+
+
+def begins(events: Iterable[Event], shards: int, warm: int) -> float | None:
+    """When every shard had `warm` epochs; None while one has fewer. The measured time begins then: all nodes are at work."""
+    ends = epoch_ends(events)
+    if len(ends) < shards or any(len(times) < warm for times in ends.values()):
+        return None
+    return max(times[warm - 1] for times in ends.values())
+
+
+def delivery(events: Iterable[Event], manifest: Manifest, begin: float, end: float) -> Delivery:
+    """What was accepted after `begin` and until `end` (Unix seconds)."""
+    events = list(events)
+    authors: dict[str, int] = defaultdict(int)
+    for work in accepted_work(events, manifest):
+        if begin < work.at <= end:
+            authors[work.author] += work.samples
+    gaps = []
+    for times in epoch_ends(events).values():
+        inside = [moment for moment in times if begin <= moment <= end]
+        gaps += [later - earlier for earlier, later in zip(inside, inside[1:], strict=False)]
+    return Delivery(end - begin, sum(authors.values()), dict(authors), tuple(gaps))

@@ -1,0 +1,47 @@
+"""Accepted samples of a swarm are counted from its ledger, within the measured time."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.teams.swarm.main import table
+from benchmarks.teams.swarm.rates import begins, delivery
+from lutetia.coordinator.ledger.events import CheckpointAccepted, Event, LaneAccepted, LanesMerged
+from tests.models.tiny_experts import tiny_manifest
+
+MANIFEST = tiny_manifest(1)
+
+
+def given(shard: int, epoch: int, author: str) -> SimpleNamespace:
+    return SimpleNamespace(shard=shard, epoch=epoch, author=author)
+
+
+def lane(at: float, author: str, samples: int, epoch: int = 1) -> Event:
+    return LaneAccepted.model_construct(time=at, acceptance=given(0, epoch, author), samples=samples)  # pyright: ignore[reportArgumentType]
+
+
+def merged(at: float, shard: int, epoch: int) -> Event:
+    return LanesMerged.model_construct(time=at, acceptance=given(shard, epoch, "coordinator"))  # pyright: ignore[reportArgumentType]
+
+
+def test_samples_count_from_the_first_epoch_of_every_shard_on() -> None:
+    events = [
+        lane(5.0, "ann", 40), merged(10.0, 0, 1), merged(20.0, 1, 1), lane(25.0, "ann", 40, 2), lane(26.0, "bob", 20, 2),
+        merged(30.0, 0, 2), merged(50.0, 0, 3), lane(61.0, "bob", 20, 4),
+    ]  # fmt: skip
+    assert begins(events[:2], 2, 1) is None
+    assert begins(events, 2, 1) == 20.0
+    found = delivery(events, MANIFEST, 20.0, 60.0)
+    assert (found.samples, found.authors, found.epochs) == (60, {"ann": 40, "bob": 20}, (20.0,))
+    assert found.rate == pytest.approx(1.5)
+    whole = CheckpointAccepted.model_construct(time=30.0, acceptance=given(0, 2, "ann"))  # pyright: ignore[reportArgumentType]
+    assert delivery([whole], MANIFEST, 20.0, 60.0).samples == MANIFEST.checkpoint_samples
+
+
+def test_table_compares_with_the_pair() -> None:
+    pair = {"swarm": "pair", "samples": 100, "seconds": 10.0, "authors": {"a": 60, "b": 40}, "epochs": [4.0, 5.0]}
+    lines = table([pair, {**pair, "swarm": "lanes", "samples": 390}]).splitlines()
+    assert lines[2] == "| pair | 10.00 | 1.00 | 2 | 5 (4 to 5, N = 2) |"
+    assert lines[3].startswith("| lanes | 39.00 | 3.90 |")
