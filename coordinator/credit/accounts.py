@@ -38,7 +38,7 @@ class ShardCredit:
     kept: int = 0
     """Of its accepted epochs that are void through no fault of its own."""
     audits: int = 0
-    """Replayed in audits that counted."""
+    """Replayed in audits that counted, and what lent checks were worth."""
     copies: int = 0
     """For copies of accepted checkpoints that it kept."""
     recent: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lutetia.coordinator.credit.accounts import CreditKind, PeerCredit, ShardCredit
-from lutetia.coordinator.ledger.events import AuditDone, CopiesKept
+from lutetia.coordinator.ledger.events import AuditDone, CopiesKept, LentCheckCounted
 from lutetia.coordinator.ledger.persistent_map import PersistentMap
 from lutetia.coordinator.ledger.run_state import AcceptedEpoch, PendingAudit, RunState, ShardLedger
 from lutetia.protocol.schema.records import AcceptanceRecord
@@ -51,6 +51,14 @@ def credit_copies(state: RunState, event: CopiesKept) -> Credits:
     for copy in event.copies:
         if copy.owner in credits and copy.shard in state.shards:
             credits = _plus(credits, copy.owner, copy.shard, "copies", copy.samples, event.time)
+    return credits
+
+
+def credit_lent_check(state: RunState, event: LentCheckCounted) -> Credits:
+    """A lent check credits each of those who carried it out, as an audit does."""
+    credits = state.credit
+    for owner in event.owners if event.shard in state.shards and event.samples else ():
+        credits = _plus(credits, owner, event.shard, "audits", event.samples, event.time)
     return credits
 
 

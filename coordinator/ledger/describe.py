@@ -23,6 +23,7 @@ from lutetia.coordinator.ledger.events import (
     LaneAccepted,
     LaneDropped,
     LanesMerged,
+    LentCheckCounted,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
@@ -106,6 +107,10 @@ def sentence(event: Event) -> str:
             )
         case CheckerRefuted():
             return f"peer {event.owner[:8]} is given no more checks: {event.text}"
+        case LentCheckCounted():
+            who = ", ".join(owner[:8] for owner in event.owners)
+            worth = f"{event.samples} samples of credit each"
+            return f"shard {event.shard} epoch {event.epoch}: checked ({event.check}) by {who}, {worth}"
         case HoldoutBurnt():
             return (
                 f"shard {event.shard}: held-out clips {event.holdout[:12]} given to strangers for {event.checkpoint[:12]} alone"

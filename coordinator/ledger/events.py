@@ -340,6 +340,17 @@ class CopiesKept(_Event):
     copies: tuple[CopyKept, ...] = Field(max_length=1024, description="Who kept copies of which shards.")
 
 
+class LentCheckCounted(_Event):
+    """Peers carried out a check that was lent to them, and their reports agree: each is credited with it."""
+
+    kind: Literal["lent-check-counted"] = "lent-check-counted"
+    shard: _Shard
+    epoch: EpochCount = Field(description="Epoch of the result that was checked.")
+    check: OpenWord = Field(description="What was checked: result or replay.")
+    samples: Tally = Field(description="Samples of the shard that each is credited with.")
+    owners: tuple[PublicKey, ...] = Field(max_length=16, description="The peers.")
+
+
 class HoldoutBurnt(_Event):
     """Held-out clips were given to strangers to check one result, and are used for no other."""
 
@@ -439,6 +450,7 @@ Event = Annotated[
     | PeerPardoned
     | CheckerRefuted
     | CopiesKept
+    | LentCheckCounted
     | HoldoutBurnt
     | LineageRolledBack
     | LineageSuspected

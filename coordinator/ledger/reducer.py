@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import assert_never
 
-from lutetia.coordinator.credit.fold import credit_accepted, credit_copies, trained_samples
+from lutetia.coordinator.credit.fold import credit_accepted, credit_copies, credit_lent_check, trained_samples
 from lutetia.coordinator.ledger.audit_reducer import (
     LedgerOutOfOrder,
     add_costs,
@@ -42,6 +42,7 @@ from lutetia.coordinator.ledger.events import (
     LaneAccepted,
     LaneDropped,
     LanesMerged,
+    LentCheckCounted,
     LineageKept,
     LineageRolledBack,
     LineageSuspected,
@@ -141,6 +142,8 @@ def _changes(state: RunState, event: Event) -> Changes:
             return {"flops": event.flops}
         case CopiesKept():
             return {"credit": credit_copies(state, event)}
+        case LentCheckCounted():
+            return {"credit": credit_lent_check(state, event)}
         case HoldoutBurnt():
             return {"burnt": {**state.burnt, event.holdout: event.checkpoint}}
         case LineageRolledBack():

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
+from lutetia.coordinator.credit.lent import counted
 from lutetia.coordinator.ledger.events import CheckerRefuted, Event
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.lending.agreement import Settled
@@ -195,6 +196,9 @@ class CheckLender:
             self.usual[held.kind] = (self.usual.get(held.kind, waiting.fastest) + waiting.fastest) / 2
             for liar in sorted(settled.liars):
                 await self.append(_refuted(check, liar, waiting.job.epoch, now))
+            batch = self.manifest().optimisation.batch
+            if event := counted(waiting.job, check.reports, check.known, settled, batch, now):
+                await self.append(event)
             if not waiting.outcome.done():
                 waiting.outcome.set_result(settled)
 

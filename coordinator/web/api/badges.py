@@ -82,7 +82,8 @@ def card(run: str, name: str, peer_id: str, credit: CreditDocument, accepted: in
         f'<title>{who}</title><rect width="480" height="190" rx="8" fill="#ffffff" stroke="#d0d7de"/><g {_FONT}>'
         f'<text x="20" y="36" font-size="17" font-weight="bold" fill="#24292f">{who}</text>{texts}</g>'
         f'<rect x="20" y="142" width="440" height="8" fill="#eaeef2"/>{bars}'
-        f'<g {_FONT} font-size="11" fill="#57606a"><text x="20" y="170">blue: epochs · green: audits · yellow: copies</text>'
+        f'<g {_FONT} font-size="11" fill="#57606a"><text x="20" y="170">'
+        "blue: epochs · green: audits, checks · yellow: copies</text>"
         f'<text x="460" y="170" text-anchor="end">…{shown(peer_id[-8:])}</text></g></svg>'
     )
 

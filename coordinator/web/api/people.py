@@ -18,7 +18,7 @@ class CreditDocument(Frozen):
 
     total: float = Field(description="All of it")
     epochs: float = Field(description="Of its accepted epochs; void ones count, unless it was found to cheat")
-    audits: float = Field(description="Of the audits that it carried out and that counted")
+    audits: float = Field(description="Of the audits and lent checks that it carried out and that counted")
     copies: float = Field(description="Of the copies of accepted checkpoints that it kept")
     recent: float = Field(description="Recent average in FLOPs per day; it halves in a week without work")
 

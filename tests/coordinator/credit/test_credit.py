@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lutetia.coordinator.credit.accounts import HALF_LIFE, ShardCredit, credit_in_flops
 from lutetia.coordinator.credit.copies import CopyKeeping
+from lutetia.coordinator.credit.lent import counted, samples_of
 from lutetia.coordinator.ledger.events import (
     AuditDone,
     AuditDue,
@@ -19,6 +20,7 @@ from lutetia.coordinator.ledger.events import (
     CopiesKept,
     CopyKept,
     Event,
+    LentCheckCounted,
     LineageRolledBack,
     PeerPardoned,
     PeerQuarantined,
@@ -28,6 +30,8 @@ from lutetia.coordinator.ledger.events import (
 )
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import HISTORY, RunState
+from lutetia.coordinator.lending.agreement import Settled
+from lutetia.protocol.rpc.check_request import CheckJob, CheckReport
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.records import AcceptanceRecord
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, first_event, make_manifest, make_record
@@ -114,6 +118,12 @@ class Bookkeeper:
             self.extra[owner, shard] += 3
         self.write(CopiesKept(time=self.now, copies=(CopyKept(owner=owner, shard=shard, samples=3),)))
 
+    def check(self, who: int, other: int, shard: int) -> None:
+        """Two peers, or one, carry out a check that is lent."""
+        owners = tuple(dict.fromkeys((PEERS[who].public_key, PEERS[other].public_key)))
+        self.extra.update({(owner, shard): 2 for owner in owners})
+        self.write(LentCheckCounted(time=self.now, shard=shard, epoch=1, check="result", samples=2, owners=owners))
+
     def go_back(self, shard: int, place: int, lost: bool) -> None:
         """A rollback; `lost`: as a recovered reset to the beginning."""
         ledger = self.state.shards[shard]
@@ -157,6 +167,7 @@ STEPS = st.one_of(
     st.tuples(st.just("accept"), _who, _shard),
     st.tuples(st.just("audit"), _who, _shard, _place, st.sampled_from(["valid", "invalid", "inconclusive"]), st.booleans()),
     st.tuples(st.just("keep_copies"), _who, _shard),
+    st.tuples(st.just("check"), _who, _who, _shard),
     st.tuples(st.just("go_back"), _shard, _place, st.booleans()),
     st.tuples(st.just("pardon"), _who),
 )
@@ -188,6 +199,25 @@ def test_reset_of_a_shard_reaches_epochs_that_are_older_than_the_history():
     left = {owner: shards[0].total for owner, shards in book.state.credit.items() if shards[0].total}
     assert liar not in left
     assert sum(left.values()) == SAMPLES * (HISTORY + 6) // 2
+
+
+def test_lent_checks_count_for_known_peers_that_agree_and_by_what_two_confirm():
+    def report(peer: int, rows: int, **fields: object) -> CheckReport:
+        losses = dict.fromkeys(("parent", "averages", "raw"), (0.5,) * rows)
+        about = {"run": "a" * 64, "owner": PEERS[peer].public_key, "id": "b" * 64, "outcome": "done", "seconds": 1.0}
+        return CheckReport.model_validate({**about, **losses, **fields})
+
+    job = CheckJob(id="b" * 64, kind="result", shard=1, epoch=4, until=0.0)
+    reports = (report(0, 8), report(1, 400), report(2, 8), report(3, 8))
+    settled = Settled(reports[0], liars=frozenset({PEERS[2].public_key}))
+    event = counted(job, reports, {peer.public_key for peer in PEERS[:3]}, settled, 8, START)
+    assert event is not None
+    assert (event.owners, event.samples) == ((PEERS[0].public_key, PEERS[1].public_key), 8)
+    assert counted(job, reports, (), settled, 8, START) is None, "strangers"
+    assert counted(job, reports, {PEERS[0].public_key}, Settled(None), 8, START) is None, "no two agree"
+    assert samples_of("replay", report(0, 0, losses=(0.5,) * 6), batch=8) == 48
+    for kind in ("router", "mixture", "gallery", "something new"):
+        assert samples_of(kind, reports[1], batch=8) == 0
 
 
 def test_newcomers_that_only_keep_copies_cost_no_memory():

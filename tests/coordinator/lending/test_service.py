@@ -13,7 +13,7 @@ import pytest
 
 from lutetia.coordinator.acceptance.checks import CheckFailed
 from lutetia.coordinator.holdouts import Holdouts
-from lutetia.coordinator.ledger.events import CheckerRefuted, Event, HoldoutBurnt, PeerPardoned, ResultSeen
+from lutetia.coordinator.ledger.events import CheckerRefuted, Event, HoldoutBurnt, LentCheckCounted, PeerPardoned, ResultSeen
 from lutetia.coordinator.ledger.reducer import apply
 from lutetia.coordinator.ledger.run_state import RunState
 from lutetia.coordinator.ledger.stalls import ShardFacts, shard_stall
@@ -160,7 +160,10 @@ def test_two_agreeing_reports_are_the_losses_of_the_result(tmp_path: Path):
         assert not site.lender.desk.checks
 
     play(site, scenario)
-    assert not site.events, "the clips are not used up: their borrowers are named"
+    [event] = site.events  # the clips are not used up: their borrowers are named
+    assert isinstance(event, LentCheckCounted)
+    assert (event.owners, event.samples) == ((ANN.public_key, BEN.public_key), len(ROWS)), "scored three times"
+    assert {owner: shards[0].audits for owner, shards in site.run.credit.items()} == dict.fromkeys(event.owners, len(ROWS))
 
 
 def test_held_out_clips_go_to_their_borrowers_alone(tmp_path: Path):
@@ -232,6 +235,7 @@ def test_a_liar_is_found_by_a_third_and_asked_no_more(tmp_path: Path):
         assert await site.runner.losses(site.record) == list(ROWS)
         [refuted] = [event for event in site.events if isinstance(event, CheckerRefuted)]
         assert (refuted.owner, refuted.check, refuted.shard) == (EVE.public_key, "result", 0)
+        assert not site.run.credit, "newcomers could confirm to each other what nobody has computed"
         assert "contradicts" in (await eve.ask()).text
         await site.append(PeerPardoned(time=START, owner=EVE.public_key))
         assert not (await eve.ask()).text

@@ -64,7 +64,7 @@ function Page({ who, now, events }: { who: string; now: number; events: number }
       <h3>{peer.name && <><bdi>{peer.name}</bdi> </>}<code>{peer.peer_id}</code> <a href="#" class="soft">close</a></h3>
       {peer.quarantined && <p class="bad">Quarantined: <span dir="auto">{peer.quarantined}</span></p>}
       <p>{count(peer.samples)} accepted samples in {peer.accepted} results; {peer.void} rolled back, {peer.invalid} invalid. {peer.node ? `Now ${peer.node.state}, ${peer.node.health}.` : 'Not online now.'}</p>
-      {peer.credit && peer.credit.total > 0 && <p>Credit: {count(peer.credit.total)} FLOPs ({count(peer.credit.epochs)} of accepted epochs, {count(peer.credit.audits)} of audits, {count(peer.credit.copies)} of copies kept); lately {count(peer.credit.recent)} a day.{!exported && <> <img class="badge" src={`api/v1/peers/${peer.owner}/badge.svg`} alt="The peer's badge" /> <a href={`api/v1/peers/${peer.owner}/card.svg`}>card</a></>}</p>}
+      {peer.credit && peer.credit.total > 0 && <p>Credit: {count(peer.credit.total)} FLOPs ({count(peer.credit.epochs)} of accepted epochs, {count(peer.credit.audits)} of audits and checks, {count(peer.credit.copies)} of copies kept); lately {count(peer.credit.recent)} a day.{!exported && <> <img class="badge" src={`api/v1/peers/${peer.owner}/badge.svg`} alt="The peer's badge" /> <a href={`api/v1/peers/${peer.owner}/card.svg`}>card</a></>}</p>}
       <ul class="scroll" tabIndex={0}>{lines.map((line, i) => <li key={i} class={line.good ? 'good' : ''}><span class="soft">{ago(line.time, now)}</span> expert {expert(line.shard)} epoch {line.epoch}: <span dir="auto">{line.text}</span></li>)}</ul>
     </article>
   )
