@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -118,14 +118,27 @@ def free_shards(views: Iterable[ShardView], epochs: int, now: float) -> list[Sha
     return [view for view in views if view.epoch < epochs and view.held_until <= now]
 
 
-def preferred_shard(run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float]) -> ShardView | None:
+def preferred_shard(
+    run: str, owner: str, free: Iterable[ShardView], fitness: Mapping[int, float], begun: Collection[int] = ()
+) -> ShardView | None:
     """The free slot that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
 
-    A lower lane comes before all that: joiners spread over shards first, then over their lanes. `fitness` maps a slot to
-    hardware fit × work left; slots of fitness 0 do not fit this node.
+    A lower lane comes before all that: joiners spread over shards first, then over their lanes. But a lane of which this peer
+    has unfinished work comes before every lower one.
+
+    Args:
+        run: the run's id.
+        owner: public key of the peer.
+        free: the free slots.
+        fitness: of slots: hardware fit × work left; slots of fitness 0 do not fit this node.
+        begun: slots of which this peer has unfinished work.
     """
     fitting = [view for view in free if fitness.get(view.shard, 0) > 0]
-    order = lambda v: (v.shard // MOST_SHARDS, -fitness[v.shard], rendezvous(run, v.shard, v.epoch, owner))  # noqa: E731
+
+    def order(view: ShardView) -> tuple[int, float, int]:
+        lane = 0 if view.shard in begun else view.shard // MOST_SHARDS
+        return lane, -fitness[view.shard], rendezvous(run, view.shard, view.epoch, owner)
+
     return min(fitting, key=order, default=None)
 
 

@@ -96,7 +96,7 @@ def _choose(transition: NodeTransition) -> None:
     guessed = [view for view in free if view.held_until > state.looked_at.get(view.shard, 0.0)]
     free = [view for view in free if view not in guessed]
     fitness = {view.shard: _fitness(transition, view) for view in free}
-    best = preferred_shard(rules.run, rules.owner, free, fitness)
+    best = preferred_shard(rules.run, rules.owner, free, fitness, state.remembered)
     if best is not None:
         delay = 0.0 if best.shard in state.remembered else rules.takeover_delay(best.shard, best.epoch)
         transition.set(target=best.shard, stage="delay", settle_rounds=0, act_at=now + delay, to_look=())

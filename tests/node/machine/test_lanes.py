@@ -60,6 +60,14 @@ def test_node_that_stands_by_claims_a_lane_within_two_leases_after_it_is_free() 
     assert driver.now <= freed + 2 * TEAM.lease
 
 
+def test_lane_with_unfinished_work_comes_before_a_lower_one() -> None:
+    driver = MachineDriver(TEAM)
+    driver.state = replace(driver.state, remembered=frozenset({SECOND}))
+    driver.idle({0: 1.0, 1: 1.0})
+    driver.feed(m.SwarmSeen(driver.now, tuple(ShardView(slot) for slot in TEAM.slots)))
+    assert (driver.state.phase, driver.state.target) == ("claiming", SECOND)
+
+
 def test_gathered_result_waits_for_the_merge_and_training_goes_on_from_it() -> None:
     driver = training()
     start = driver.actions_of(m.StartTrainer)[0]
