@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lutetia.cli.formatting import ago, bar
+from lutetia.cli.formatting import ago, bar, rate
 from lutetia.cli.output import say
 from lutetia.system.log_format import StatusLineHandler
 
@@ -69,9 +69,9 @@ class ProgressLines:
         seconds = self._clock() - began
         if done <= first or seconds <= 0 or total == 1:
             return ""
-        rate = (done - first) / seconds
-        left = f", {(total - done) / rate:.0f} s left" if done < total else ""
-        return f" ({rate:.3g}/s{left})"
+        pace = (done - first) / seconds
+        left = f", {(total - done) / pace:.0f} s left" if done < total else ""
+        return f" ({pace:.3g}/s{left})"
 
 
 class TrainingProgress:
@@ -143,5 +143,5 @@ def training_line(status: Mapping[str, Any], now: float) -> str:
     if status["samples_per_second"] and status["due"]:
         left = max(0.0, status["due"] - now)
         further = (status["epochs"] - epoch) * left / max(1, steps - step) * steps
-        parts += [f"{status['samples_per_second']:.1f} samples/s", f"checkpoint in {ago(left)}, all in {ago(left + further)}"]
+        parts += [f"{rate(status['samples_per_second'])} samples/s", f"checkpoint in {ago(left)}, all in {ago(left + further)}"]
     return ", ".join(parts)

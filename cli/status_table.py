@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lutetia.cli.formatting import ago, bar, number, short, short_peer, thousands
+from lutetia.cli.formatting import ago, bar, number, rate, short, short_peer, thousands
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
 from lutetia.system.errors import UsageError, plain
 
@@ -162,7 +162,7 @@ def node_table(status: SwarmStatus, now: float, without: Collection[str] = ()) -
             "EXPERT": ",".join(f"{shard:03d}" for shard in node.shards or (node.shard,) if shard is not None) or "-",
             "DOING": node.state,
             "DEVICE": node.device,
-            "SPEED": f"{node.samples_per_second:.1f}/s",
+            "SPEED": f"{rate(node.samples_per_second)}/s",
             "ACCEPTED": str(node.accepted),
             "REJECTED": str(node.rejected),
             "SEEN": f"{ago(now - node.last_seen)} ago",

@@ -29,8 +29,11 @@ from lutetia.node.services.checker import run_checks
 from lutetia.node.services.manifest_updates import ManifestUpdates
 from lutetia.node.services.membership import Membership
 from lutetia.node.services.thermal import check_sensors, limit_temperature
+from lutetia.node.services.traffic import keep_to_caps
 from lutetia.node.settings import NodeSettings, announced
 from lutetia.node.state_lock import state_lock
+from lutetia.node.traffic.meter import Traffic
+from lutetia.node.traffic.policy import ByteCaps
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.joining import enter_swarm
@@ -39,14 +42,16 @@ from lutetia.protocol.rpc.introduction import software_version
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.transport.backend import start_transport
 from lutetia.protocol.transport.base import Transport
+from lutetia.protocol.transport.metered import metered
 from lutetia.system.errors import UsageError
 from lutetia.system.files import sweep_parts
 from lutetia.system.notify import ending_signals, notify
 
 log = logging.getLogger(__name__)
 
-IDENTITY = "identity.key"
+IDENTITY, TRAFFIC = "identity.key", "traffic.json"
 _SHOW_SECONDS = 2.0
 
 
@@ -99,6 +104,7 @@ class NodeDaemon:
         self.settings, self.identity = settings, identity
         self.started = time.time()
         self.ending = asyncio.Event()
+        self.traffic = Traffic(settings.state_folder / TRAFFIC, ByteCaps(settings.bytes_per_day, settings.bytes_per_month))
         self.shell: NodeShell | None = None
         self.manifest_updates: ManifestUpdates | None = None
         self._early_verbs: list[UserVerb] = []
@@ -132,20 +138,16 @@ class NodeDaemon:
         return await enter_swarm(
             self.identity, settings.decoded_ticket,
             listen=settings.listen, announce=announce, state_folder=paths.folder, live=live,
+            start=metered(start_transport, self.traffic),
         )  # fmt: skip
 
     async def _work(self, transport: Transport, live: LiveManifest, paths: RunPaths) -> None:
         manifest = live()
         store = await asyncio.to_thread(BlobStore, paths.blobs, self.settings.disk_limit)
         network = NodeNetwork(
-            self.identity,
-            transport,
-            manifest,
-            self.settings.decoded_ticket,
-            store,
-            self.settings.operator,
-            self.settings.name or "",
-        )
+            self.identity, transport, manifest, self.settings.decoded_ticket, store,
+            operator=self.settings.operator, name=self.settings.name or "", traffic=self.traffic,
+        )  # fmt: skip
         contributions = Contributions(paths.folder / "contributions.json")
         workspace = Workspace(paths, manifest, store)
         workspace.local_model = await asyncio.to_thread(find_local_model, manifest, self.settings.base, store)
@@ -156,7 +158,9 @@ class NodeDaemon:
         notify(f"READY=1\nSTATUS=joined run {manifest.name}")
         for verb in self._early_verbs:
             self.shell.feed(verb)
-        services = [self.manifest_updates.run(), Membership(shell, copies=self.settings.copies).run()]
+        services = [
+            self.manifest_updates.run(), Membership(shell, copies=self.settings.copies).run(), keep_to_caps(shell, self.traffic),
+        ]  # fmt: skip
         if self.settings.hours:
             services.append(follow_schedule(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:
@@ -183,7 +187,8 @@ class NodeDaemon:
         assert self.shell
         transport.favour(self.shell.network.has_accepted_work)
         orders = self.manifest_updates.live
-        await serve_blobs(transport, store, self.settings.upload_rate, lambda peer_id: orders().orders.bans(peer_id))
+        banned, room = lambda peer_id: orders().orders.bans(peer_id), self.shell.network.room
+        await serve_blobs(transport, store, self.settings.upload_rate, banned, room)
         await self.manifest_updates.serve(transport)
         await AcceptedService(transport, self.manifest_updates.live).serve()
 

@@ -34,6 +34,18 @@ class DeviceStatus(Frozen):
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
 
 
+class TrafficStatus(Frozen):
+    """Bytes that the node sends and receives. Those of records are estimated."""
+
+    sent_today: int = Field(description="Bytes sent since local midnight")
+    received_today: int = Field(description="Bytes received since local midnight")
+    this_month: int = Field(description="Bytes sent and received in this calendar month")
+    bytes_per_day: int | None = Field(default=None, description="The cap for a day; null: none")
+    bytes_per_month: int | None = Field(default=None, description="The cap for a month; null: none")
+    held_back: str | None = Field(default=None, description="What the caps hold back now; null: nothing")
+    expected: str | None = Field(default=None, description="Bytes an hour, from what the probe measured")
+
+
 class LocalStatus(DeviceStatus):
     """What the node does, and whether its work counts.
 
@@ -57,6 +69,7 @@ class LocalStatus(DeviceStatus):
     blobs_bytes: int | None = Field(default=None, description="Bytes of blobs that it serves; null before the first heartbeat")
     audits_today: int = Field(default=0, description="Audits that it has carried out for the coordinator since local midnight")
     checks_today: int = Field(default=0, description="Checks that it has carried out for the coordinator since local midnight")
+    traffic: TrafficStatus | None = Field(default=None, description="Bytes sent and received; null while it joins")
     copies: int = Field(default=0, description="Checkpoints of other peers of which the node keeps copies")
     pid: int = Field(description="Process id of the daemon")
     software: str = Field(description="Version of Lutetia")

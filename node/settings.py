@@ -144,6 +144,12 @@ class NodeSettings(BaseSettings):
     upload_rate: Bytes | None = Field(
         default=None, description="Most bytes per second sent to other peers, like 2MB; by default no limit"
     )
+    bytes_per_day: Bytes | None = Field(
+        default=None, description="Most bytes sent and received in a local day, like 20GB; by default no cap"
+    )
+    bytes_per_month: Bytes | None = Field(
+        default=None, description="Most bytes sent and received in a calendar month, like 500GB; by default no cap"
+    )
     copies: bool = Field(default=True, description="Keep copies of accepted checkpoints that too few peers hold")
     losses: str | None = Field(
         default=None,

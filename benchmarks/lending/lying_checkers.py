@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.attacks.tables import interval
+from benchmarks.lending import silent_checkers
 from lutetia.coordinator.acceptance.checks import compare_losses, compare_raw
 from lutetia.coordinator.lending.agreement import numbers
 from lutetia.coordinator.lending.loans import Asker, LendingDesk, LentCheck, lend_check, take_report
@@ -152,3 +153,6 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     print(f"{arguments.tries} checks of each kind, {ROWS} rows, a pool of {POOL} nodes.\n")
     print(table(arguments.tries))
+    few = max(1, arguments.tries // 100)
+    print(f"\n{silent_checkers.CHECKS} checks one after another, {few} times: how long each takes.\n")
+    print(silent_checkers.table(few))

@@ -54,6 +54,8 @@ def join(
     base: Annotated[Path | None, setting("BASE")] = None,
     disk_limit: Annotated[str | None, setting("DISK_LIMIT")] = None,
     upload_rate: Annotated[str | None, setting("UPLOAD_RATE")] = None,
+    bytes_per_day: Annotated[str | None, setting("BYTES_PER_DAY")] = None,
+    bytes_per_month: Annotated[str | None, setting("BYTES_PER_MONTH")] = None,
 ) -> None:
     """Train a run's experts on this machine.
 
@@ -73,6 +75,7 @@ def join(
         state_folder=state_folder, listen=listen, announce=announce, name=name, device=device, threads=threads,
         memory_limit=memory_limit, duty=duty, hours=hours, max_temp=max_temp, losses=losses, clips_every=clips_every, base=base,
         disk_limit=disk_limit, upload_rate=upload_rate,
+        bytes_per_day=bytes_per_day, bytes_per_month=bytes_per_month,
     )  # fmt: skip
     settings, _ = load_settings({**flags, "ticket": checked}, config)
     line = StatusLineHandler(sys.stderr) if sys.stderr and sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None
@@ -152,14 +155,14 @@ def leave(state_folder: StateFolder = None, as_json: JsonFlag = False) -> None:
 
 def _work(document: dict[str, Any]) -> str:
     """The shard that a device or node works on, and how far it is."""
-    from lutetia.cli.formatting import number
+    from lutetia.cli.formatting import number, rate
     from lutetia.cli.progress import current_epoch, expert_of
 
     if document["shard"] is None:
         return "-"
     epoch = current_epoch(document) if document["epochs"] and document["epoch"] is not None else "?"
     done = f"epoch {epoch} of {document['epochs'] or '?'}, step {document['step'] or 0} of {document['steps'] or '?'}"
-    speed = f"{document['samples_per_second'] or 0.0:.1f} samples/s"
+    speed = f"{rate(document['samples_per_second'] or 0.0)} samples/s"
     loss = f"training loss {number(document['loss'])}"
     return f"{expert_of(document)}, {done}, {loss}, {speed}"
 
@@ -193,6 +196,21 @@ def _meanwhile(document: dict[str, Any]) -> str:
     return f"{done}, {document.get('copies', 0)} copies of others' checkpoints; it takes over as soon as a holder fails"
 
 
+def _bytes(traffic: dict[str, Any] | None) -> str:
+    """Bytes of today, and what the caps leave."""
+    from lutetia.cli.formatting import decimal_size
+
+    if not traffic:  # of a daemon of an earlier version, or one that still joins
+        return ""
+    today = traffic["sent_today"] + traffic["received_today"]
+    text = f"{decimal_size(traffic['sent_today'])} sent and {decimal_size(traffic['received_today'])} received today"
+    if traffic["bytes_per_day"]:
+        text += f", {today / traffic['bytes_per_day']:.0%} of {decimal_size(traffic['bytes_per_day'])} a day"
+    if traffic["bytes_per_month"]:
+        text += f"; {decimal_size(traffic['this_month'])} of {decimal_size(traffic['bytes_per_month'])} this month"
+    return text + (f"; {traffic['held_back']}" if traffic["held_back"] else "")
+
+
 def render_local(document: dict[str, Any], now: float) -> RenderableType:
     """The daemon's status document as a table.
 
@@ -221,6 +239,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "counts": f"{counts}, last {since(document['last_accepted'])}, {document['pending']} waiting for a verdict",
         "due": f"in {ago(document['due'] - now)}" if document["due"] and not several else "",
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] and not several else "",
+        "bytes": _bytes(document.get("traffic")),
         "slowed": document.get("slowed") or "",
         "meanwhile": (meanwhile := _meanwhile(document)),
         "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lutetia.cli.formatting import bar, clock, number
+from lutetia.cli.formatting import bar, clock, number, rate
 from lutetia.cli.local.poller import LocalWorker, busy_worker, samples_done
 from lutetia.cli.output import console
 from lutetia.protocol.schema.status import SwarmStatus
@@ -69,7 +69,7 @@ def line(row: ShardRow) -> str:
     if row.holdout_loss is not None:
         parts.append(f"held-out {row.holdout_loss:.4f}")
     if row.samples_per_second:
-        parts.append(f"{row.samples_per_second:.1f} samples/s")
+        parts.append(f"{rate(row.samples_per_second)} samples/s")
     if row.eta is not None:
         parts.append(f"ETA {clock(row.eta)}")
     return ", ".join(parts)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lutetia.cli.doctor.checks import DoctorFinding
 from lutetia.models.training.memory.forecast import Forecast, forecast
-from lutetia.models.training.memory.needs import size_text
+from lutetia.models.training.memory.needs import RunNeeds, size_text
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.ticket import Ticket
@@ -95,8 +95,20 @@ def here_lines(manifest: Manifest, state_folder: Path) -> list[str]:
         expert_facts(manifest, 0), available_memory(device), manifest.optimisation.batch, precision, device,
         manifest.optimisation.optimizer, narrower=device == "cpu", host=psutil.virtual_memory().available,
     )  # fmt: skip
-    needs = forecasts(manifest)[0].lines(_probed_rate(paths, device), base_here=here)
+    largest, rate = forecasts(manifest)[0], _probed_rate(paths, device)
+    needs = [*largest.lines(rate, base_here=here), *traffic_lines(manifest, largest.needs, rate)]
     return [*needs, f"here on {device}: {plan.reason}"]
+
+
+def traffic_lines(manifest: Manifest, needs: RunNeeds, rate: float | None) -> list[str]:
+    """Bytes that the run takes of a volunteer's line. `rate`: samples per second as probed; None: that of a card of 24 GB."""
+    from lutetia.node.traffic.forecast import forecast_traffic
+
+    forecast = forecast_traffic(
+        result=needs.checkpoint, data=needs.data, rate=rate or needs.guessed_rate, samples=manifest.checkpoint_samples,
+        heartbeat=manifest.timing.heartbeat,
+    )  # fmt: skip
+    return [*forecast.lines(), "--bytes-per-day and --bytes-per-month keep it below what you set"]
 
 
 def _probed_rate(paths: RunPaths, device: str) -> float | None:

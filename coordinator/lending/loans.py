@@ -2,8 +2,8 @@
 
 A check that waits for a report is never forgotten: a loan that is late is no longer counted on, so that another peer is asked,
 but its report is still taken when it comes. A borrower that is gone gives its loan back. Where a check has as many loans as it
-may have, the one that is late for longest ends for a new one. Who let a loan go by without a report is offered checks more rarely
-each time: otherwise four peers that only ask would hold every check for ever.
+may have, the one that is late for longest ends for a new one. Who was late, or never reported, gets a check only after others had
+time to come for it: otherwise four peers that only ask would hold every check for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from lutetia.coordinator.lending.agreement import NEEDED, Settled, settle
 from lutetia.protocol.rpc.check_request import CheckReport
-from lutetia.system.retry import backoff
 
 SILENT_SECONDS = 600.0
 """A borrower that has not asked again for so long has lost its loan; while it works it does so every two minutes."""
@@ -23,8 +22,8 @@ KEPT_SECONDS = 120.0
 """For so long a place is kept for a peer whose own work was accepted."""
 _LEAST_LOAN = 600.0
 _TIMES_USUAL = 3.0
-LONGEST_PAUSE = 86400.0
-"""A peer that never reports is offered a check once in so many seconds."""
+MOST_LATENESS = 5
+"""A peer that was late that often or more lets others come first for so many times KEPT_SECONDS."""
 _MOST_LOANS = 4
 _MOST_REMEMBERED = 4096
 PROOF_AHEAD = 3600.0
@@ -119,8 +118,8 @@ class LendingDesk:
     """All checks that wait for reports, by name."""
 
     checks: Mapping[str, LentCheck] = field(default_factory=dict)
-    unanswered: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    """Owner -> how many of its loans ended without a report since its last one, and when the last of them did."""
+    late: Mapping[str, int] = field(default_factory=dict)
+    """Owner -> how many of its loans ended late or without a report, less those that it reported on in time."""
 
     def held_by(self, owner: str) -> LentCheck | None:
         return next((check for check in self.checks.values() if owner in check.loans), None)
@@ -131,20 +130,12 @@ class LendingDesk:
     def without(self, name: str) -> LendingDesk:
         return replace(self, checks={key: check for key, check in self.checks.items() if key != name})
 
-    def after_silence(self, owner: str, now: float) -> LendingDesk:
-        """The desk when a loan of `owner` has ended without a report."""
-        others = {key: entry for key, entry in self.unanswered.items() if key != owner}
-        entry = self.unanswered.get(owner, (0, now))[0] + 1, now
-        return replace(self, unanswered={**dict(list(others.items())[1 - _MOST_REMEMBERED :]), owner: entry})
-
-    def after_report(self, owner: str) -> LendingDesk:
-        """The desk when `owner` has reported."""
-        return replace(self, unanswered={key: entry for key, entry in self.unanswered.items() if key != owner})
-
-    def may_ask(self, owner: str, now: float) -> bool:
-        """Whether the pause is over after the loans that it let go by."""
-        count, since = self.unanswered.get(owner, (0, 0.0))
-        return not count or now - since >= backoff(count, first=FORGIVEN_SECONDS, longest=LONGEST_PAUSE)
+    def with_lateness(self, owner: str, more: int) -> LendingDesk:
+        """The desk when a loan of `owner` has ended late (1), or with a report in time (-1)."""
+        others = {key: count for key, count in self.late.items() if key != owner}
+        count = min(MOST_LATENESS, max(0, self.late.get(owner, 0) + more))
+        kept = dict(list(others.items())[1 - _MOST_REMEMBERED :])
+        return replace(self, late={**kept, owner: count} if count else others)
 
 
 def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
@@ -158,10 +149,11 @@ def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
     return _LEAST_LOAN + size / slowest + _TIMES_USUAL * (usual or 0.0)
 
 
-def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[str] = frozenset()) -> bool:
+def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[str] = frozenset(), late: int = 0) -> bool:
     """Whether the check needs another peer, and this one is unlike its author and those that have it or have reported on it.
 
-    Of those that check, one place is for a peer whose own work was accepted, as long as one of `free_known` may come for it.
+    Of those that check, one place is for a peer whose own work was accepted, as long as one of `free_known` may come for it. A
+    peer that was `late` that often lets others come first.
     """
     borrowers, failed = check.borrowers, check.failed.get(asker.owner)
     others = check.excluded | borrowers
@@ -174,6 +166,7 @@ def may_have(check: LentCheck, asker: Asker, now: float, free_known: frozenset[s
         and not (asker.origin and asker.origin in check.origins)
         and (failed is None or now - failed >= FORGIVEN_SECONDS)
         and not (kept and now - check.since < KEPT_SECONDS)
+        and not (late and now - check.since < late * KEPT_SECONDS)
     )
 
 
@@ -192,13 +185,14 @@ def lend_check(
     if check := desk.held_by(asker.owner):
         loan = replace(check.loans[asker.owner], heard=now)
     else:
-        fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known)]
+        late = desk.late.get(asker.owner, 0)
+        fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known, late)]
         check = min(fit, key=_rank, default=None)
-        if check is None or not desk.may_ask(asker.owner, now):
+        if check is None:
             return desk, None
-        if late := check.crowded_out(now):
-            check = replace(check, loans={owner: loan for owner, loan in check.loans.items() if owner != late})
-            desk = desk.after_silence(late, now)
+        if gone := check.crowded_out(now):
+            check = replace(check, loans={owner: loan for owner, loan in check.loans.items() if owner != gone})
+            desk = desk.with_lateness(gone, 1)
         loan = CheckLoan(id_, now, now, now + check.seconds)
     known = check.known | {asker.owner} if asker.known else check.known
     origins = check.origins | {asker.origin} if asker.origin else check.origins
@@ -219,11 +213,12 @@ def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[Len
     if report.outcome == "failed":
         check = replace(check, loans=loans, failed={**check.failed, report.owner: now})
         return desk.with_check(check), check, None
-    check, desk = replace(check, loans=loans, reports=(*check.reports, report)), desk.after_report(report.owner)
+    in_time = now < check.loans[report.owner].counts_until
+    check, desk = replace(check, loans=loans, reports=(*check.reports, report)), desk.with_lateness(report.owner, 1 - 2 * in_time)
     outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest, check.known)
     if outcome:
         for owner in (owner for owner, loan in loans.items() if now >= loan.counts_until):
-            desk = desk.after_silence(owner, now)
+            desk = desk.with_lateness(owner, 1)
         return desk.without(check.name), check, outcome
     return desk.with_check(check), check, None
 
@@ -243,7 +238,7 @@ def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, 
             desk = desk.with_check(replace(check, loans=kept))
         for owner in check.loans.keys() - kept.keys():
             if now >= check.loans[owner].counts_until:
-                desk = desk.after_silence(owner, now)
+                desk = desk.with_lateness(owner, 1)
     return desk
 
 

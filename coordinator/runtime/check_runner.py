@@ -30,8 +30,9 @@ from lutetia.coordinator.worker.messages import (
 )
 from lutetia.coordinator.worker.scored_rows import Part, RowScores
 from lutetia.coordinator.worker.time_limits import patience_for
+from lutetia.protocol.blobs.author_first import fetch_author_first
 from lutetia.protocol.blobs.chunk_table import CHUNK
-from lutetia.protocol.blobs.download import Provider, fetch_blob
+from lutetia.protocol.blobs.download import Provider
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.schema.manifest import Manifest
@@ -150,18 +151,21 @@ class NetworkCheckRunner:
         try:
             async with asyncio.timeout(min(step, most)) as deadline:
                 progress = ChunkDeadline(deadline, step, now + most)
-                await fetch_blob(self.transport, self.incoming, ref, await self._providers(record, ref), progress)
+                author = Provider(record.peer_id, tuple(record.addresses))
+                await fetch_author_first(
+                    self.transport, self.incoming, ref, author, lambda: self._other_providers(record, ref), progress
+                )
         except TimeoutError as error:
             here = (progress and progress.arrived) or 0
             text = f"{here} of {ref.size} bytes were here when no chunk came for {step:.0f} s, or {most:.0f} s had passed"
             raise TimeoutError(text) from error
 
-    async def _providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:
-        providers = [Provider(record.peer_id, tuple(record.addresses))]
+    async def _other_providers(self, record: CheckpointRecord, ref: BlobRef) -> list[Provider]:
+        providers = []
         for other, _ in await read_records(self.transport, provider_key(record.run, ref.digest)):
             if other.kind == "provider" and other.peer_id not in (record.peer_id, self.transport.peer_id):
                 providers.append(Provider(other.peer_id, tuple(other.addresses)))
-        return providers[:_MAX_PROVIDERS]
+        return providers[: _MAX_PROVIDERS - 1]
 
     async def inspect(self, record: CheckpointRecord, lanes: tuple[int, ...] = ()) -> None:
         """Checks `format` and `numbers`."""

@@ -49,6 +49,9 @@ class MachineChanges(TypedDict, total=False):
     probe_failures: int
     pause_until: float | None
     closed_until: float | None
+    bytes_until: float | None
+    bytes_why: str
+    may_offer: bool
     drain_until: float | None
     trainers_started: int
     disk_full_since: float | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lutetia.node.machine.lease import release
-from lutetia.node.machine.messages import Claim, Leave, PublishClaim, RenewRecords, UserVerb
+from lutetia.node.machine.messages import BytesAllowed, Claim, Leave, PublishClaim, RenewRecords, UserVerb
 from lutetia.node.machine.state import wants_trainer
 from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.schema.owner.orders import because
@@ -46,7 +46,8 @@ def follow_ban(transition: NodeTransition) -> None:
 
 
 def resume(transition: NodeTransition) -> None:
-    if transition.rules.banned is not None and transition.state.phase == "paused":
+    held = transition.rules.banned is not None or transition.state.bytes_until is not None
+    if held and transition.state.phase == "paused":
         transition.explain(why_paused(transition))
         return
     transition.set(drain_until=None)
@@ -68,11 +69,30 @@ def hours_changed(transition: NodeTransition, closed_until: float | None) -> Non
         resume(transition)
 
 
+def bytes_allowed(transition: NodeTransition, event: BytesAllowed) -> None:
+    """The cap on bytes lets no epoch begin, or does again. An epoch that has begun ends, and its result is uploaded."""
+    transition.set(bytes_until=event.until, bytes_why=event.why, may_offer=event.offers)
+    state = transition.state
+    if state.wanted != "run" or state.closed_until is not None:
+        return
+    if event.until is not None and (state.phase in ("idle", "claiming", "syncing") or not event.offers):
+        hand_back(transition)
+    elif event.until is None and state.phase == "paused":
+        resume(transition)
+
+
+def hand_back(transition: NodeTransition) -> None:
+    """Release the shard: another peer may train it before the cap on bytes lets this one go on."""
+    if transition.state.phase in ("idle", "claiming", "syncing", "training", "publishing"):
+        pause(transition)
+
+
 def why_paused(transition: NodeTransition) -> str:
     if transition.rules.banned is not None:
         return f"the run's owner has banned this node{because(transition.rules.banned)}"
     if transition.state.wanted != "pause":
-        return "outside its hours"
+        capped = transition.state.closed_until is None and transition.state.bytes_until is not None
+        return transition.state.bytes_why if capped else "outside its hours"
     until = transition.state.pause_until
     return "paused by the volunteer" if until is None else f"paused for {until - transition.now:.0f} s by the volunteer"
 

@@ -12,10 +12,21 @@ Phases: joining → probing → idle ⇄ claiming → syncing → training ⇄ p
 from __future__ import annotations
 
 from lutetia.node.machine.claiming import continue_claiming, look_at_due_shards, set_watched_shards, swarm_seen
-from lutetia.node.machine.commands import device_gone, drain, follow_ban, hours_changed, pause, resume, user_verb, why_paused
+from lutetia.node.machine.commands import (
+    bytes_allowed,
+    device_gone,
+    drain,
+    follow_ban,
+    hours_changed,
+    pause,
+    resume,
+    user_verb,
+    why_paused,
+)
 from lutetia.node.machine.lease import shard_synced, sync_failed
 from lutetia.node.machine.messages import (
     Action,
+    BytesAllowed,
     CheckpointReady,
     ClockTick,
     DeviceGone,
@@ -131,6 +142,8 @@ def _take_in(transition: NodeTransition, event: Event) -> None:
             follow_ban(transition)
         case HoursChanged(closed_until=closed_until):
             hours_changed(transition, closed_until)
+        case BytesAllowed():
+            bytes_allowed(transition, event)
         case ShardsTaken(shards=shards):
             freed = transition.state.taken - shards
             transition.set(taken=shards)
@@ -190,7 +203,9 @@ def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     transition.set(look_at=transition.now)
     if transition.state.phase != "probing":
         return
-    if transition.state.wanted == "pause" or transition.state.closed_until is not None or transition.rules.banned is not None:
+    state = transition.state
+    held = state.closed_until is not None or state.bytes_until is not None or transition.rules.banned is not None
+    if state.wanted == "pause" or held:
         transition.enter("paused", why_paused(transition))
     else:
         transition.enter(

@@ -186,6 +186,19 @@ class HoursChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class BytesAllowed:
+    """What the volunteer's cap on bytes allows: no new epoch until `until` (Unix seconds), for the reason `why`; None: all.
+
+    `offers`: whether results that are whole may still be offered, because their upload fits.
+    """
+
+    now: float
+    until: float | None
+    why: str = ""
+    offers: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ShardsTaken:
     """The shards that the node's other devices claim or work on; this device leaves them alone."""
 
@@ -211,7 +224,7 @@ class DeviceGone:
 Event = (
     ClockTick | Joined | NetworkLost | NetworkBack | Probed | ProbeFailed | SwarmSeen | WatchedShardsSet | SyncDone | SyncFailed
     | TrainerProgress | TrainerExited | CheckpointReady | OfferAnswered | UserVerb | DiskFull | DiskFree | ManifestChanged
-    | HoursChanged | ShardsTaken | HardwareChanged | DeviceGone
+    | HoursChanged | BytesAllowed | ShardsTaken | HardwareChanged | DeviceGone
 )  # fmt: skip
 
 

@@ -254,6 +254,11 @@ class MachineState:
     pause_until: float | None = None
     closed_until: float | None = None
     """When the schedule opens again; None: it is open, or the volunteer resumed in spite of it."""
+    bytes_until: float | None = None
+    """Until when the cap on bytes lets no epoch begin; None: it does."""
+    bytes_why: str = ""
+    may_offer: bool = True
+    """Whether the cap on bytes leaves enough to upload the results that are whole."""
     drain_until: float | None = None
     trainers_started: int = 0
     """Number of the current trainer; messages of earlier ones are stale."""
@@ -266,7 +271,8 @@ def wants_trainer(rules: NodeRules, state: MachineState, work: ShardWork) -> boo
     """Whether to start a trainer at `restart_at`. A draining node only replaces one that failed within its epoch."""
     if work.trainer == "on" or state.disk_full_since is not None or not work.may_train(rules):
         return False
-    return (state.phase == "training" and rules.paused is None) or (state.phase == "draining" and work.owned and work.cut_short)
+    may_begin = rules.paused is None and state.bytes_until is None
+    return (state.phase == "training" and may_begin) or (state.phase == "draining" and work.owned and work.cut_short)
 
 
 def next_wake(rules: NodeRules, state: MachineState) -> float | None:
@@ -297,6 +303,6 @@ def _work_times(rules: NodeRules, state: MachineState, work: ShardWork) -> list[
         times.append(work.restart_at)
     if work.trainer == "on" and not work.waiting and state.disk_full_since is None:
         times.append(work.hung_at(rules))
-    if work.pending and work.offering is None and state.online:
+    if work.pending and work.offering is None and state.online and state.may_offer:
         times.append(work.offer_at)
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lutetia.node.machine.commands import hand_back
 from lutetia.node.machine.lease import give_up, release, start_sync, to_idle
 from lutetia.node.machine.messages import (
     AllowEpochs,
@@ -24,6 +25,7 @@ from lutetia.protocol.schema.owner.orders import because
 _WAITS = "training waits until one is accepted"
 _GATHERED = "training goes on with the merged epoch"
 _PAUSED = "the run is paused by its owner"
+_LAST = "the epoch under way and its upload end first"
 _HEALTHY = 600.0
 """Seconds. A trainer that ran longer than this resets the count of crashes."""
 
@@ -114,7 +116,10 @@ def _until(transition: NodeTransition) -> int:
     most = work.epoch_limit(transition.rules)
     if work.handover_epoch is not None and work.trainer == "on":
         most = min(most, work.handover_epoch)
-    if transition.rules.paused is not None and work.trainer == "on":
+    held = transition.rules.paused is not None or transition.state.bytes_until is not None
+    if not held and work.pause_epoch is not None:
+        transition.set_work(pause_epoch=None)
+    if held and work.trainer == "on":
         if work.pause_epoch is None:
             transition.set_work(pause_epoch=work.trainer_epoch if work.waiting else work.trainer_epoch + 1)
         most = min(most, transition.work.pause_epoch or 0)
@@ -175,11 +180,21 @@ def continue_work(transition: NodeTransition) -> None:
     if state.phase in ("training", "draining"):
         _supervise_trainer(transition)
     work = transition.state.work
-    if work and work.pending and work.offering is None and state.online and now >= work.offer_at:
+    if work and work.pending and work.offering is None and state.online and state.may_offer and now >= work.offer_at:
         transition.set_work(offering=work.pending[0].digest)
         transition.do(PublishCheckpoint(work.pending[0]))
     if transition.state.phase in ("training", "publishing") and transition.state.work:
         _finish_shard(transition)
+    _hand_back_when_spent(transition)
+
+
+def _hand_back_when_spent(transition: NodeTransition) -> None:
+    """Release the shard once the last epoch that the cap on bytes allows is trained and judged."""
+    state, work = transition.state, transition.state.work
+    if state.bytes_until is None or state.phase != "training" or work is None or work.pending:
+        return
+    if work.trainer == "off" or work.waiting:
+        hand_back(transition)
 
 
 def _explain_waiting(transition: NodeTransition) -> None:
@@ -191,13 +206,16 @@ def _explain_waiting(transition: NodeTransition) -> None:
         ends = "after this epoch" if work.trainer == "on" and not work.waiting else "until it goes on"
         transition.explain(f"{_PAUSED}{because(paused)}; training waits {ends}")
         return
+    if transition.state.bytes_until is not None:
+        transition.explain(f"{transition.state.bytes_why}; {_LAST}")
+        return
     waits = work.trainer == "on" and work.waiting and not work.may_train(transition.rules)
     if waits and work.gathered:
         transition.explain(f"its result of {slot_name(work.shard)} is accepted and waits for the merge of the lanes; {_GATHERED}")
     elif waits:
         who = "no coordinator answers" if work.ahead else "the coordinator has not judged them"
         transition.explain(f"{len(work.pending)} checkpoints wait for acceptance, and {who}; {_WAITS}")
-    elif transition.state.why.endswith((_WAITS, _GATHERED)) or transition.state.why.startswith(_PAUSED):
+    elif transition.state.why.endswith((_WAITS, _GATHERED, _LAST)) or transition.state.why.startswith(_PAUSED):
         transition.explain(f"training {slot_name(work.shard)} from epoch {work.newest}")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lutetia.node.machine.messages import Claim
 from lutetia.node.pacing import CHECKPOINT_RECORD_SECONDS, LOOKUPS_AT_ONCE, provider_record_due
+from lutetia.node.traffic.meter import Traffic
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.protocol.async_helpers import gather_bounded
 from lutetia.protocol.blobs.download import Provider, fetch_blob
@@ -76,6 +79,8 @@ class NodeNetwork:
     store: BlobStore
     operator: str | None = None
     name: str = ""
+    traffic: Traffic | None = None
+    """The bytes of this node; None where nobody counts them."""
     acceptances: dict[int, AcceptanceRecord] = field(default_factory=dict)
     """The newest acceptance seen, by shard."""
     quarantined: frozenset[str] = frozenset()
@@ -213,7 +218,8 @@ class NodeNetwork:
         for known in (self.store, store):
             if await asyncio.to_thread(known.has, ref.digest):
                 return known.path(ref.digest)
-        return await fetch_blob(self.transport, store, ref, await self._providers(ref))
+        with self._fetching(ref):
+            return await fetch_blob(self.transport, store, ref, await self._providers(ref))
 
     async def fetch(
         self, ref: BlobRef, on_progress: Callable[[int, int], None] | None = None, listed_by: BlobRef | None = None
@@ -229,8 +235,24 @@ class NodeNetwork:
         """
         if await asyncio.to_thread(self.store.has, ref.digest):
             return self.store.path(ref.digest)
-        providers = await self._providers_of_parts(listed_by) if listed_by else await self._providers(ref)
-        return await fetch_blob(self.transport, self.store, ref, providers, on_progress)
+        with self._fetching(ref):
+            providers = await self._providers_of_parts(listed_by) if listed_by else await self._providers(ref)
+            return await fetch_blob(self.transport, self.store, ref, providers, on_progress)
+
+    def _fetching(self, ref: BlobRef) -> AbstractContextManager[None]:
+        """Raises UnreachableError where the cap on bytes leaves less than the blob has."""
+        return self.traffic.fetching(ref.size) if self.traffic else contextlib.nullcontext()
+
+    @property
+    def spare_bytes(self) -> float:
+        """Bytes that may go to anything but this node's own training."""
+        return self.traffic.spare if self.traffic else math.inf
+
+    def room(self, peer_id: str, count: int) -> AbstractContextManager[bool]:
+        """Whether the cap on bytes lets `count` bytes of a blob go to a peer. Coordinators fetch what this node made."""
+        if self.traffic is None:
+            return contextlib.nullcontext(True)
+        return self.traffic.sending(count, own=public_key_of(peer_id) in self.manifest.coordinators)
 
     async def _providers_of_parts(self, index: BlobRef) -> list[Provider]:
         """The providers of an index, asked for at most once in PROVIDERS_SECONDS: a shard may have a thousand parts."""

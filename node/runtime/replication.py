@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _REPLICAS = TypeAdapter(list[Replica])
 _LOOKS_AT_ONCE = 8
+COPIED_BYTES = 2
+"""A copy is fetched, and then served: so many of its bytes count against the cap on bytes."""
 _FREE_SHARE = 0.05
 """Share of the disk that copies leave free; the volunteer's own files come first."""
 
@@ -80,7 +82,8 @@ class Replicator:
         heartbeat = manifest.timing.heartbeat
         due = [checkpoint for checkpoint in rare.values() if ring.is_due(owner, checkpoint, now, heartbeat)]
         if due:
-            for replica in affordable(due, await asyncio.to_thread(self._spare)):
+            spare = min(await asyncio.to_thread(self._spare), self.network.spare_bytes / COPIED_BYTES)
+            for replica in affordable(due, int(spare)):
                 await self._fetch(replica)
 
     async def _held_by(self, shards: Sequence[int]) -> dict[int, HeldCheckpoint]:

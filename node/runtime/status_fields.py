@@ -5,19 +5,21 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lutetia.node.local_status import DeviceStatus
+from lutetia.node.local_status import DeviceStatus, TrafficStatus
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.node_record import BUSIEST
 from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.services.traffic import expected_traffic
 from lutetia.protocol.claims import shard_and_lane
 
 
 def device_status(shell: DeviceShell) -> DeviceStatus:
     """What the device does."""
     state, work, report, probed, now = shell.state, shell.state.work, shell.trainer.report, shell.prober.result, time.time()
+    capped = state.bytes_until if state.phase == "paused" else None
     fields: dict[str, Any] = {
         "device": shell.name if probed or shell.named else None, "state": state.phase, "reason": state.why, "since": state.since,
-        "problem": shell.problem, "paused_until": state.pause_until or state.closed_until,
+        "problem": shell.problem, "paused_until": state.pause_until or state.closed_until or capped,
         "precision": probed.precision_reason if probed else None,
     }  # fmt: skip
     if work:
@@ -54,6 +56,21 @@ def summed_up(devices: tuple[DeviceStatus, ...], since: float) -> dict[str, Any]
     return fields
 
 
+def traffic_status(shell: NodeShell) -> TrafficStatus | None:
+    """What the node sent and received, and what its caps hold back."""
+    traffic = shell.network.traffic
+    if traffic is None:
+        return None
+    counts, caps, expected = traffic.counts, traffic.caps, expected_traffic(shell)
+    others = "copies, audits and checks wait, and other peers fetch nothing here: training needs what is left"
+    return TrafficStatus(
+        sent_today=counts.sent, received_today=counts.received, this_month=counts.month,
+        bytes_per_day=caps.day, bytes_per_month=caps.month,
+        held_back=traffic.why or (others if traffic.spare <= 0 else None),
+        expected="; ".join(expected.lines()) if expected else None,
+    )  # fmt: skip
+
+
 def status_fields(shell: NodeShell, since: float) -> dict[str, Any]:
     """The fields of `LocalStatus` that the shells know. `since`: when the daemon started, in Unix seconds."""
     counts, now = shell.contributions, time.time()
@@ -63,7 +80,8 @@ def status_fields(shell: NodeShell, since: float) -> dict[str, Any]:
     return {
         **own, "devices": devices, "run": shell.manifest.run_id, "name": shell.manifest.name,
         "manifest_version": shell.manifest.version, "online": online, "problem": shell.offline or own.get("problem"),
-        "slowed": shell.slowed, "copies": len(shell.replicator.replicas), "blobs_bytes": shell.blobs_bytes,
+        "slowed": shell.slowed, "traffic": traffic_status(shell),
+        "copies": len(shell.replicator.replicas), "blobs_bytes": shell.blobs_bytes,
         "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
         "accepted_today": counts.today(now),
         "audits_today": counts.today(now, "audits"), "checks_today": counts.today(now, "checks"),

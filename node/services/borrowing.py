@@ -15,6 +15,7 @@ from lutetia.node.pacing import AUDIT_SIGN_SECONDS, AUDIT_WATCH_SECONDS, audit_p
 from lutetia.node.runtime.data_parts import check_index_size
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.shell import NodeShell
+from lutetia.node.services.traffic import epoch_data
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.system.errors import LutetiaError
 
@@ -49,16 +50,24 @@ async def borrow_when_free(
         ready: whether to ask at all.
     """
     wait = 0.0
+    ready_now = lambda device: ready() and node.network.spare_bytes >= borrowed_bytes(device)  # noqa: E731
     while True:
         heartbeat = node.manifest.timing.heartbeat
         await asyncio.sleep(audit_pause(heartbeat, wait, node.rules.jitter(what, int(time.time()))))
         wait, device = 0.0, node.free_device()
-        if device is not None and ready():
+        if device is not None and ready_now(device):
             try:
                 async with borrowing.lock:
                     wait = await once(device)
             except (LutetiaError, ConnectionError) as error:
                 log.debug("no %s now: %s", what, " ".join(str(error).split()))
+
+
+def borrowed_bytes(shell: DeviceShell) -> int:
+    """Bytes that an audit or a lent check may have to fetch: two results, and the data of an epoch."""
+    probed = shell.prober.result
+    fits = [(shard, fit.result_bytes) for shard, fit in probed.shards.items()] if probed else []
+    return max((2 * result + epoch_data(shell.manifest, shard) for shard, result in fits), default=0)
 
 
 async def fetch_data(shell: DeviceShell, shard: int) -> tuple[Path, list[BlobRef]]:

@@ -38,10 +38,18 @@ class Membership:
         async with asyncio.TaskGroup() as group:
             while True:
                 await asyncio.sleep(wait)
+                if not self._needed:
+                    continue
                 try:
                     wait = await self._read(group)
                 except (LutetiaError, ConnectionError) as error:
                     log.debug("cannot read the node records now: %s", error)
+
+    @property
+    def _needed(self) -> bool:
+        """Whether this node stands by, or may keep copies: else it saves the bytes."""
+        standing_by = any(device.state.phase in ("idle", "claiming") for device in tuple(self.shell.devices.values()))
+        return standing_by or self.shell.network.spare_bytes > 0
 
     async def _read(self, group: asyncio.TaskGroup) -> float:
         """Read the node records once and act on them. Returns the seconds until the next read."""

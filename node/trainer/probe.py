@@ -78,6 +78,7 @@ class ShardFit(Frozen):
         default=None, description="Bytes on the device and in main memory beside it, as planned; None: not counted"
     )
     reason: str = Field(description="Why")
+    result_bytes: int = Field(default=0, description="Bytes of a result, weights and state; 0: not known")
 
 
 class ProbeResult(Frozen):
@@ -230,6 +231,7 @@ def _try_expert(
     from lutetia.models.data.shards import ShardData
     from lutetia.models.experts.families import build_meta
     from lutetia.models.training.memory.activations import expert_facts
+    from lutetia.models.training.memory.forecast import result_bytes
 
     batch = manifest.optimisation.batch
     latent = max(manifest.latent.of_buckets, key=lambda each: math.prod(each.shape))  # what takes the most memory
@@ -252,7 +254,8 @@ def _try_expert(
                 reason = f"micro-batch {size}, {why}; {plan.reason}"
                 takes = (plan.need.device, plan.need.host) if plan.need else None
                 return ShardFit(
-                    fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, takes=takes, reason=reason
+                    fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, takes=takes, reason=reason,
+                    result_bytes=sum(result_bytes(manifest, shard)),
                 ), trial.rate  # fmt: skip
             if not trial.out_of_memory:
                 break

@@ -12,7 +12,7 @@ from pathlib import Path
 from lutetia.protocol.async_helpers import wait_for_thread
 from lutetia.protocol.blobs.partial import PartialBlob
 from lutetia.protocol.blobs.store import BlobStore
-from lutetia.protocol.blobs.stream import BLOB, BlobServer
+from lutetia.protocol.blobs.stream import BLOB, BlobServer, Room, unlimited
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.blobs.worker import DownloadWorker, Progress, Provider, SharedDownload
 from lutetia.protocol.schema.model.blob_ref import BlobRef
@@ -32,13 +32,13 @@ _REASONS_NAMED = 4
 
 async def serve_blobs(
     transport: Transport, store: BlobStore, rate_bytes_per_s: float | None = None,
-    banned: Callable[[str], bool] = lambda peer_id: False,
+    banned: Callable[[str], bool] = lambda peer_id: False, room: Room = unlimited,
 ) -> None:  # fmt: skip
-    """Serve every whole blob of `store` to any peer that is not `banned`.
+    """Serve every whole blob of `store` to any peer that is not `banned`, as far as there is `room` for so many bytes.
 
     `rate_bytes_per_s` limits all streams together; None is no limit.
     """
-    await transport.serve(BLOB, BlobServer(store, RateLimit(rate_bytes_per_s), banned=banned).answer)
+    await transport.serve(BLOB, BlobServer(store, RateLimit(rate_bytes_per_s), banned=banned, room=room).answer)
 
 
 async def fetch_blob(

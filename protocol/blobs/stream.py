@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 
 from lutetia.protocol.blobs.chunk_table import CHUNK, HASH, chunk_count
 from lutetia.protocol.blobs.store import BlobMissing, BlobStore
@@ -30,6 +30,15 @@ ANSWER_BYTES = 9
 MAX_STREAMS_PER_PEER = 8
 MAX_STREAMS_PER_PREFIX = 32
 IDLE_TIMEOUT = 60.0
+
+
+Room = Callable[[str, int], AbstractContextManager[bool]]
+"""(peer id, bytes) -> whether they may be sent to it; they are kept for it until the block ends."""
+
+
+def unlimited(peer_id: str, count: int) -> AbstractContextManager[bool]:
+    """The `Room` of a peer that counts no bytes."""
+    return nullcontext(True)
 
 
 class BlobRefused(ConnectionError):
@@ -51,13 +60,14 @@ class BlobServer:
         rate: over all streams.
         lent: the store of a blob that the peer of this id may fetch although others may not; None: it may not.
         banned: whether the run's owner has banned the peer of this id.
+        room: whether so many bytes may be sent to the peer of this id: an answer is sent whole or not at all.
     """
 
     def __init__(
         self, store: BlobStore, rate: RateLimit, lent: Callable[[str, str], BlobStore | None] = lambda peer_id, digest: None,
-        banned: Callable[[str], bool] = lambda peer_id: False,
+        banned: Callable[[str], bool] = lambda peer_id: False, room: Room = unlimited,
     ) -> None:  # fmt: skip
-        self._store, self._rate, self._lent, self._banned = store, rate, lent, banned
+        self._store, self._rate, self._lent, self._banned, self._room = store, rate, lent, banned, room
         self._streams: Counter[str] = Counter()
         self._prefixes: Counter[str] = Counter()
         self._turns = AnswerSlots(rate.answers_at_once, rate.bytes_per_second)
@@ -99,17 +109,19 @@ class BlobServer:
         if count and first + count > chunk_count(size):
             await _refuse(stream, MALFORMED)
             return False
-        slot = await self._turns.take(stream.origin)
-        if slot is None:
-            await _refuse(stream, BUSY)
-            return False
-        try:
-            if count == 0:
-                await self._send_table(stream, slot, store, digest)
-            else:
-                await self._send_chunks(stream, slot, store, digest, size, first, count)
-        finally:
-            self._turns.give_back(slot)
+        length = min(size, (first + count) * CHUNK) - first * CHUNK if count else HASH * chunk_count(size)
+        with self._room(stream.peer_id, length) as allowed:
+            slot = await self._turns.take(stream.origin) if allowed else None
+            if slot is None:
+                await _refuse(stream, BUSY)
+                return False
+            try:
+                if count == 0:
+                    await self._send_table(stream, slot, store, digest)
+                else:
+                    await self._send_chunks(stream, slot, store, digest, length, first, count)
+            finally:
+                self._turns.give_back(slot)
         async with asyncio.timeout(STALL_TIMEOUT):
             return await stream.read_exactly(1) == ACK
 
@@ -119,9 +131,8 @@ class BlobServer:
         await self._send(stream, slot, hashes)
 
     async def _send_chunks(
-        self, stream: Stream, slot: AnswerSlot, store: BlobStore, digest: str, size: int, first: int, count: int
+        self, stream: Stream, slot: AnswerSlot, store: BlobStore, digest: str, length: int, first: int, count: int
     ) -> None:
-        length = min(size, (first + count) * CHUNK) - first * CHUNK
         await stream.write(bytes([OK]) + length.to_bytes(8, "big"))
         async with aclosing(self._read_ahead(store, digest, first, count)) as chunks:
             async for chunk in chunks:

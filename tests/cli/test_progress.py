@@ -34,6 +34,7 @@ LINE = (
 def test_a_training_node_is_told_in_one_line() -> None:
     assert training_line(STATUS, NOW) == LINE
     assert training_line({**STATUS, "lane": 1}, NOW) == LINE.replace("streets", "streets, lane 1")
+    assert "0.042 samples/s" in training_line({**STATUS, "samples_per_second": 0.0421}, NOW)
     assert training_line({**STATUS, "samples_per_second": None, "due": None}, NOW).endswith("loss 0.1235")
     for idle in ({"state": "syncing"}, {"step": None}, {"steps": None}, {"loss": None}):
         assert training_line({**STATUS, **idle}, NOW) == ""

@@ -76,8 +76,12 @@ def test_doctor_tells_hours_by_the_probed_rate_and_the_base_to_fetch(tmp_path: P
     paths = RunPaths(tmp_path, manifest.run_id)
     paths.folder.mkdir(parents=True)
     paths.probe_result("cpu").write_bytes(canonical(probe_result().model_copy(update={"samples_per_second": 2.0})))
+    assert "bytes: about " in seen
+    assert "--bytes-per-day and --bytes-per-month keep it below what you set" in seen
     told = f"{hours_text(manifest.samples_per_shard / 7200)} at 2 samples/s, as probed here"
-    assert told in "; ".join(here_lines(manifest, tmp_path))
+    probed = "; ".join(here_lines(manifest, tmp_path))
+    assert told in probed
+    assert f"({7200 / manifest.checkpoint_samples:.3g} results an hour)" in probed
     with pytest.raises(ConfigError, match="which the run's owner does not serve"):
         here_lines(tiny_manifest(expert=expert), tmp_path)
 

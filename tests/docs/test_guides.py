@@ -30,6 +30,7 @@ IN_WORDS = {
     "threads": "torch's choice; several devices share the cores", "memory_limit": "all that is free",
     "hours": "always",
     "max_temp": "none", "base": "the hub's cache, or from the swarm", "disk_limit": "none", "upload_rate": "none",
+    "bytes_per_day": "none", "bytes_per_month": "none",
     "losses": "none", "local_bytes_per_day": "300 GB",
 }  # fmt: skip
 """Defaults that the table says in words."""

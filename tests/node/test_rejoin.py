@@ -13,12 +13,16 @@ import pytest
 from lutetia.node.daemon import NodeDaemon
 from lutetia.node.machine.messages import UserVerb
 from lutetia.node.settings import NodeSettings
+from lutetia.node.traffic.policy import ByteCaps, period_at
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.records import claim_key
+from lutetia.protocol.transport import metered
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.hivemind import transport as hivemind_transport
 from lutetia.protocol.transport.hivemind.transport import HivemindTransport
-from tests.node.scripted_coordinator import children_of, eventually, running, scripted_coordinator
+from lutetia.protocol.transport.metered import MeteredTransport
+from tests.node.scripted_coordinator import ScriptedCoordinator, children_of, eventually, running, scripted_coordinator
 from tests.node.tiny_run import make_run
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,6 +44,7 @@ async def test_rejoin_after_a_failed_attempt(tmp_path: Path, monkeypatch: pytest
     """p2pd is stopped, not killed: it lives, and answers nothing."""
     monkeypatch.setattr(hivemind_transport, "HEALTH_PERIOD", 0.2)
     monkeypatch.setattr(hivemind_transport, "HEALTH_TIMEOUT", 3.0)
+    monkeypatch.setattr(metered, "SEARCH_BYTES", 100)  # a heartbeat of 2 s has many searches beside results of some KB
     before = children_of(os.getpid())
     run = make_run(tmp_path / "run", heartbeat=2.0)
     async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
@@ -58,8 +63,9 @@ async def test_rejoin_after_a_failed_attempt(tmp_path: Path, monkeypatch: pytest
             await eventually(online)
             assert daemon.shell
             first = daemon.shell.network.transport
-            assert isinstance(first, HivemindTransport)
-            first._daemon.process.send_signal(signal.SIGSTOP)
+            assert isinstance(first, MeteredTransport)
+            assert isinstance(first.inner, HivemindTransport)
+            first.inner._daemon.process.send_signal(signal.SIGSTOP)
 
             async def offline() -> bool:
                 return not daemon.status().online
@@ -73,7 +79,44 @@ async def test_rejoin_after_a_failed_attempt(tmp_path: Path, monkeypatch: pytest
             await eventually(back, 60)
             assert daemon.served == 3
             assert daemon.shell.network.transport.alive()
+            await spend_the_cap(daemon, coordinator)
         finally:
             daemon.apply_verb(UserVerb(time.time(), "leave"))
             await at_work
     assert not running(children_of(os.getpid()) - before)
+
+
+async def spend_the_cap(daemon: NodeDaemon, coordinator: ScriptedCoordinator) -> None:
+    """Bytes of before the rejoin count. The epoch under way ends and is accepted, the shard is handed back, the cap holds."""
+    traffic, reached = daemon.traffic, coordinator.epoch
+
+    async def one_more_begun() -> bool:
+        work = daemon.status()
+        return work.state == "training" and bool(work.step) and coordinator.epoch > reached
+
+    await eventually(one_more_begun)
+    counts, begun = traffic.counts, coordinator.epoch
+    kept = traffic.records * (period_at(time.time()).day_ends - time.time()) + 3 * traffic.devices[0].result
+    cap = int(counts.sent + counts.received + kept)
+    traffic.caps = ByteCaps(day=cap)
+
+    async def paused() -> bool:
+        return daemon.status().state == "paused"
+
+    await eventually(paused)
+    status = daemon.status()
+    assert status.reason.startswith("the cap of ")
+    assert status.reason.endswith("training goes on at midnight")
+    assert status.pending == 0, "what was begun is judged"
+    assert coordinator.epoch > begun
+    assert status.traffic
+    assert 0 < status.traffic.sent_today + status.traffic.received_today <= cap
+    assert status.traffic.held_back == status.reason
+    assert "results an hour" in (status.traffic.expected or "")
+
+    async def free() -> bool:
+        keys = [claim_key(coordinator.run.manifest.run_id, shard) for shard in (0, 1)]
+        records = [claim for key in keys for claim in await coordinator.records(key)]
+        return bool(records) and {claim.state for claim in records} == {"released"}
+
+    await eventually(free)

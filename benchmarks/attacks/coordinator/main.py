@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -58,8 +59,8 @@ _UNDECIDED = ("queued", "busy", "unreachable", "inconclusive")
 class Cost:
     """What a round cost the coordinator at most, and how long honest results waited, in seconds.
 
-    `own` are the ledger's times from the arrival of an honest record to its acceptance, `checks` those of them that its checks
-    took. `busy` and `working`: processor time of the coordinator with its p2pd, and of its workers, over the round.
+    `own` are the ledger's times from the arrival of an honest record to its acceptance, `checks` those of each of its checks.
+    `busy` and `working`: processor time of the coordinator with its p2pd, and of its workers, over the round.
     """
 
     memory: float = 0.0
@@ -68,7 +69,7 @@ class Cost:
     processors: float = 0.0
     waits: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
-    checks: list[float] = field(default_factory=list)
+    checks: list[dict[str, float]] = field(default_factory=list)
     busy: float = 0.0
     working: float = 0.0
 
@@ -171,15 +172,18 @@ def _processor_seconds(coordinator: Coordinator) -> tuple[float, float]:
     return own, workers
 
 
-def own_times(folder: Path, records: Collection[str]) -> tuple[list[float], list[float]]:
-    """By the ledger in `folder`: seconds from the arrival of each of `records` to its acceptance, and those of its checks."""
-    seen, waits, checks = dict[str, float](), list[float](), list[float]()
+def own_times(folder: Path, records: Collection[str]) -> tuple[list[float], list[dict[str, float]]]:
+    """By the ledger in `folder`: seconds from the arrival of each of `records` to its acceptance, and those of each check."""
+    seen, waits, checks = dict[str, float](), list[float](), list[dict[str, float]]()
     for event in read_events(folder):
         if isinstance(event, ResultSeen):
             seen.setdefault(event.record.digest, event.time)
         elif isinstance(event, CheckpointAccepted) and (digest := event.acceptance.checkpoint) in records:
             waits.append(event.time - seen[digest])
-            checks.append(sum(cost.seconds for cost in event.costs))
+            taken: dict[str, float] = defaultdict(float)
+            for cost in event.costs:
+                taken[cost.check] += cost.seconds
+            checks.append(dict(taken))
     return waits, checks
 
 
@@ -242,9 +246,11 @@ async def study(epochs: int, only: str) -> None:
 
 def _show(title: str, cost: Cost, usual: Cost, seen: dict[str, int]) -> None:
     wait, longest, base = statistics.median(cost.waits), max(cost.waits), statistics.median(usual.waits)
-    own, checks = (
-        f"{statistics.median(taken):.2f}, {statistics.median(before):.2f}"
-        for taken, before in ((cost.own, usual.own), (cost.checks, usual.checks))
+    own = f"{statistics.median(cost.own):.2f}, {statistics.median(usual.own):.2f}"
+    checks = "; ".join(
+        f"{name} {statistics.median(one.get(name, 0.0) for one in cost.checks):.2f}, "
+        f"{statistics.median(one.get(name, 0.0) for one in usual.checks):.2f}"
+        for name in usual.checks[0]
     )
     per_epoch = (
         f"{taken / len(cost.waits):.2f}, {before / len(usual.waits):.2f}"
@@ -273,7 +279,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{Machine.this()}\n\nBounds: {', '.join(f'{name} {value:g}' for name, value in BOUNDS.items())}.\n")
     columns = (
         "attack", "memory, MiB", "files", "of p2pd", "processors", "acceptance, s: median, longest", "before the attack", "÷",
-        "by the ledger: now, before", "of it checks: now, before", "processor s an epoch, coordinator and p2pd: now, before",
+        "by the ledger: now, before", "of it each check: now, before", "processor s an epoch, coordinator and p2pd: now, before",
         "workers: now, before", "over its bounds", "what came",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)

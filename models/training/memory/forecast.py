@@ -56,17 +56,15 @@ class Forecast:
 
 def run_needs(manifest: Manifest, shard: int = 0) -> RunNeeds:
     """What a shard's expert takes besides memory. Raises ConfigError where it cannot be built."""
-    spec, optimisation = manifest.expert_of(shard), manifest.optimisation
+    spec = manifest.expert_of(shard)
     model = build_meta(spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    required, optional = state_schema(spec, optimisation, manifest.checkpoints)
-    state = {name: form for name, form in (required | optional).items() if not name.startswith("ema.")}
     patch = family_of(spec.class_name).patch(model.config)
     tokens = math.prod(-(-size // step) for size, step in zip(manifest.latent.shape[1:], patch, strict=True))
-    weights = _bytes(published_schema(spec, manifest.checkpoints))
+    weights, state = result_bytes(manifest, shard)
     return RunNeeds(
-        parameters=parameters, trained=trained, weights=weights, checkpoint=weights + _bytes(state), local=16 * trained,
+        parameters=parameters, trained=trained, weights=weights, checkpoint=weights + state, local=16 * trained,
         data=manifest.shards[shard].data_bytes or manifest.shards[shard].train.size,
         base=manifest.adapter.base.size if manifest.adapter else 0, epochs=manifest.epochs, samples=manifest.samples_per_shard,
         flops=6.0 * parameters * tokens * manifest.samples_per_shard,
@@ -80,6 +78,14 @@ def forecast(manifest: Manifest, shard: int = 0) -> Forecast:
     last = memory_need(facts, steps[-1][0], steps[-1][1], 1, "cuda")
     plain = memory_need(facts, *steps[0][:2], 1, "cuda").device
     return Forecast(run_needs(manifest, shard), plain=plain, least=last.device, host=last.host)
+
+
+def result_bytes(manifest: Manifest, shard: int) -> tuple[int, int]:
+    """Bytes of the weights and of the training state of a shard's result."""
+    spec = manifest.expert_of(shard)
+    required, optional = state_schema(spec, manifest.optimisation, manifest.checkpoints)
+    state = {name: form for name, form in (required | optional).items() if not name.startswith("ema.")}
+    return _bytes(published_schema(spec, manifest.checkpoints)), _bytes(state)
 
 
 def _bytes(schema: dict) -> int:

@@ -34,6 +34,11 @@ class RunNeeds(Frozen):
         """Parent, own checkpoint, one more in the making, a local state and its successor, the data and the base."""
         return 3 * self.checkpoint + 2 * self.local + self.data + self.base
 
+    @property
+    def guessed_rate(self) -> float:
+        """Samples per second of a card of 24 GB."""
+        return self.samples * _FLOPS / self.flops
+
     def size_line(self) -> str:
         return f"expert: {self.parameters / 1e6:.4g} million parameters, {self.trained / 1e6:.4g} million trained"
 

@@ -80,7 +80,7 @@ class HardwareProber:
     def _saved(self, question: ProbeQuestion, manifest: Manifest) -> ProbeResult | None:
         with contextlib.suppress(OSError, ValidationError):
             result = ProbeResult.model_validate_json(self.paths.probe_result(self.choice.name).read_bytes())
-            fits = any(fit.fitness > 0 for fit in result.shards.values())
+            fits = any(fit.fitness > 0 and fit.result_bytes for fit in result.shards.values())
             if fits and result.question == question_digest(question) and question.free_disk >= manifest.hardware.disk_bytes:
                 log.info("using the saved probe result: %s; %s", result.device, result.precision_reason)
                 return result

@@ -134,14 +134,13 @@ def test_peers_that_only_ask_hold_no_check_for_ever():
     desk, _, _ = take_report(desk, of("ann"), now + 1)
     desk, _, settled = take_report(desk, of("ben"), now + 2)
     assert settled is not None
-    later = now + FORGIVEN_SECONDS + 3
-    desk = desk.with_check(replace(CHECK, name="result y", since=later))
-    desk, again = lend_check(desk, asker("eve"), key("second loan"), later)
-    assert again is not None, "it is forgiven after a while"
-    later += again.seconds + SILENT_SECONDS
-    desk = end_check_loans(desk, None, later, lease=30.0)
-    assert refused(desk, asker("eve"), later + FORGIVEN_SECONDS), "for twice as long the second time"
-    assert not refused(desk, asker("eve"), later + 2 * FORGIVEN_SECONDS)
+    desk = desk.with_check(replace(CHECK, name="result y", since=now))
+    assert refused(desk, asker("eve"), now + KEPT_SECONDS - 1), "others come first"
+    desk = lent(desk, "ann", "eve", now=now + KEPT_SECONDS)
+    later = now + KEPT_SECONDS + CHECK.seconds
+    desk, _, _ = take_report(desk, of("eve"), later)
+    assert desk.late[key("eve")] == 2, "a late report counts, and so does its lateness"
+    assert key("ann") not in desk.late
 
 
 def test_loans_of_peers_that_are_gone_or_silent_go_back():

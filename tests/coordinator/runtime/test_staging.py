@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -18,10 +19,11 @@ from lutetia.protocol.blobs.chunk_table import CHUNK, ChunkTable
 from lutetia.protocol.blobs.download import serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.stream import BLOB
+from lutetia.protocol.dht_records import publish
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.model.blob_ref import BlobRef
-from lutetia.protocol.schema.records import CheckpointRecord
-from lutetia.protocol.transport.base import Stream
+from lutetia.protocol.schema.records import CheckpointRecord, ProviderRecord
+from lutetia.protocol.transport.base import StoredValue, Stream
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, START, drive_judge, make_manifest, make_record
 from tests.memory_transport.network import MemoryNetwork
 from tests.memory_transport.transport import MemoryTransport
@@ -121,6 +123,35 @@ def test_fetch_that_makes_progress_goes_on(tmp_path: Path):
         await check_runner.fetch(record)
         assert author.now() - began > 3 * 27.0
         assert all(check_runner.incoming.has(ref.digest) for ref in refs)
+
+    at_a_coordinator(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("author_serves", [True, False])
+def test_fetch_from_the_author_waits_for_no_look_up(tmp_path: Path, author_serves: bool, monkeypatch: pytest.MonkeyPatch):
+    """Each look-up of providers takes 8 s, as in a DHT whose neighbours are made up; before, three of them took 24 s."""
+
+    async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
+        coordinator = cast(MemoryTransport, check_runner.transport)
+        get = coordinator.get
+
+        async def slow(key: str) -> dict[str, StoredValue]:
+            await asyncio.sleep(8)
+            return await get(key)
+
+        monkeypatch.setattr(coordinator, "get", slow)
+        held = BlobStore(tmp_path / "author")
+        refs = [held.add_bytes(bytes([number]) * 1000) for number in range(3)]
+        record = make_record(MANIFEST, PEERS[0], weights=refs[0], state=refs[1], trace=refs[2])
+        helper = coordinator._network.peer(PEERS[1], record_check(MANIFEST, coordinator.now))
+        for ref in refs:
+            place = {"run": MANIFEST.run_id, "owner": PEERS[1].public_key, "issued": helper.now(), "peer_id": helper.peer_id}
+            assert await publish(helper, PEERS[1], ProviderRecord(**place, blob=ref.digest), 600)
+        await serve_blobs(author if author_serves else helper, held)
+        began = author.now()
+        await check_runner.fetch(record)
+        assert all(check_runner.incoming.has(ref.digest) for ref in refs)
+        assert author.now() - began < 2.0 if author_serves else author.now() - began > 24.0
 
     at_a_coordinator(tmp_path, scenario)
 

@@ -17,7 +17,11 @@ interface Status {
   samples: number | null; loss: number | null; samples_per_second: number | null; pending: number; accepted: number; accepted_today: number
   refused: number; last_accepted: number | null; due: number | null; paused_until: number | null; device: string | null
   precision: string | null; online: boolean; problem: string | null; slowed: string | null; blobs_bytes: number | null; copies: number
-  software: string; started: number
+  software: string; started: number; traffic?: Traffic | null
+}
+interface Traffic {
+  sent_today: number; received_today: number; this_month: number; bytes_per_day: number | null; bytes_per_month: number | null
+  held_back: string | null; expected: string | null
 }
 interface Verdict { time: number; shard: number; epoch: number; outcome: 'accepted' | 'refused'; text: string }
 interface Loss { time: number; shard: number; samples: number; loss: number }
@@ -49,11 +53,12 @@ export function NodePage() {
   return (
     <main>
       <Top status={status} now={time} problem={problem} />
-      {(status.problem || status.slowed) && (
+      {(status.problem || status.slowed || status.traffic?.held_back) && (
         <section aria-labelledby="health"><h2 id="health">Health</h2>
           <ul class="health">
             {status.problem && <li class="red"><strong>Red: last problem</strong><br /><span dir="auto">{status.problem}</span></li>}
             {status.slowed && <li class="amber"><strong>Note: slowed down</strong><br /><span dir="auto">{status.slowed}</span></li>}
+            {status.traffic?.held_back && <li class="amber"><strong>Note: the cap on bytes</strong><br /><span dir="auto">{status.traffic.held_back}</span></li>}
           </ul>
         </section>
       )}
@@ -97,6 +102,7 @@ function Top({ status, now, problem }: { status: Status; now: number; problem: s
     ['last accepted', ago(status.last_accepted, now)],
     ['next checkpoint', status.due === null ? '–' : status.due > now ? `in ${span(status.due - now)}` : 'now'],
     ['served to peers', status.blobs_bytes === null ? '–' : bytes(status.blobs_bytes)], ["copies of others' work", count(status.copies)],
+    ...(status.traffic ? traffic(status.traffic) : []),
   ]
   const good = ['training', 'publishing', 'standby'].includes(status.state)
   return (
@@ -117,6 +123,17 @@ function Top({ status, now, problem }: { status: Status; now: number; problem: s
       <p class="soft">{status.device ?? 'device not probed yet'}{status.precision && ` · ${status.precision}`} · peer id <code>{status.peer_id}</code>: on the run's page, <em>find me</em> shows what counted.</p>
     </header>
   )
+}
+
+/** Bytes of today and of the month, each beside its cap. */
+function traffic(traffic: Traffic): [string, string][] {
+  const beside = (used: number, cap: number | null) => bytes(used) + (cap === null ? '' : ` of ${bytes(cap)}`)
+  const facts: [string, string][] = [
+    ['sent today', bytes(traffic.sent_today)], ['received today', bytes(traffic.received_today)],
+  ]
+  if (traffic.bytes_per_day !== null) facts.push(['both today', beside(traffic.sent_today + traffic.received_today, traffic.bytes_per_day)])
+  if (traffic.bytes_per_month !== null) facts.push(['both this month', beside(traffic.this_month, traffic.bytes_per_month)])
+  return facts
 }
 
 function Journal({ losses, verdicts, log, now }: { losses: Loss[]; verdicts: Verdict[]; log: string[]; now: number }) {
