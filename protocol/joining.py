@@ -206,7 +206,7 @@ def choose_manifest(ticket: Ticket, met: Sequence[Introduction], cached: Path, n
     """
     known = _load_cached(cached, ticket)
     least = known.manifest.version if known else 1
-    offered: list[SignedManifest] = []
+    offered = [known] if known and known.manifest.expires > now else []  # first: it stays when an owner signed its version twice
     problem: LutetiaError | None = None
     for peer in met:
         try:
@@ -217,8 +217,6 @@ def choose_manifest(ticket: Ticket, met: Sequence[Introduction], cached: Path, n
         except LutetiaError as error:
             log.warning("refused the manifest of peer %s: %s", peer.peer_id, error)
             problem = error
-    if known and known.manifest.expires > now:
-        offered.append(known)
     if not offered:
         raise problem or BootstrapError("no peer offers a manifest; try again later")
     best = max(offered, key=lambda signed: signed.manifest.version)

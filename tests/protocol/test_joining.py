@@ -168,6 +168,10 @@ def test_the_newest_valid_manifest_wins_and_is_kept(tmp_path: Path) -> None:
     assert choose_manifest(ticket, [met(version(1)), met(version(3)), met(forged)], cached, NOW) == version(3)
     assert SignedManifest.model_validate_json(cached.read_bytes()) == version(3)
     assert choose_manifest(ticket, [met(version(1))], cached, NOW) == version(3)
+    fork = version(3, expires=NOW + 3000)
+    assert choose_manifest(ticket, [met(fork), met(version(2))], cached, NOW) == version(3), (
+        "no fork takes the place of a version"
+    )
 
 
 def test_an_older_manifest_is_refused_after_the_newer_expired(tmp_path: Path) -> None:
