@@ -46,7 +46,7 @@ async def test_rejoin_after_a_failed_attempt(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(hivemind_transport, "HEALTH_TIMEOUT", 3.0)
     monkeypatch.setattr(metered, "SEARCH_BYTES", 100)  # a heartbeat of 2 s has many searches beside results of some KB
     before = children_of(os.getpid())
-    run = make_run(tmp_path / "run", heartbeat=2.0)
+    run = make_run(tmp_path / "run", epochs=500, steps=100, heartbeat=2.0)
     async with scripted_coordinator(run, tmp_path / "coordinator") as coordinator:
         settings = NodeSettings(
             ticket=coordinator.ticket.encode(), state_folder=tmp_path / "node", listen="/ip4/127.0.0.1/tcp/0",
