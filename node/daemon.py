@@ -164,22 +164,12 @@ class NodeDaemon:
         if self.settings.hours:
             services.append(follow_schedule(WeeklyHours.parse(self.settings.hours), shell.feed))
         if limit := self.settings.max_temp:
-            services.append(self._limit_temperature(shell, limit))
+            services.append(limit_temperature(limit, lambda: tuple(shell.devices.values())))
         if self.settings.audits:
             borrowing = Borrowing()
             checks = await asyncio.to_thread(BlobStore, paths.borrowed, self.settings.disk_limit)
             services += [run_audits(shell, borrowing), run_checks(shell, borrowing, checks)]
         await shell.run(*services)
-
-    async def _limit_temperature(self, shell: NodeShell, limit: float) -> None:
-        def set_slowed(why: str | None) -> None:
-            shell.slowed = why
-
-        async def set_share(share: float) -> None:
-            for device in tuple(shell.devices.values()):
-                await device.trainer.set_duty_cycle(share * self.settings.duty)
-
-        await limit_temperature(limit, self.settings.devices, set_share, set_slowed)
 
     async def serve(self, transport: Transport, store: BlobStore) -> None:
         """Serve blobs, manifest versions and accepted checkpoints on `transport`."""

@@ -31,6 +31,8 @@ class DeviceStatus(Frozen):
     precision: str | None = Field(default=None, description="Data type of the forward pass, and why")
     waits_for_part: int | None = Field(default=None, description="Part of the shard's data that training stands still for")
     waits_since: float | None = Field(default=None, description="Since when it does, in Unix seconds")
+    celsius: float | None = Field(default=None, description="Its temperature, in degrees Celsius, where max_temp is set")
+    slowed: str | None = Field(default=None, description="Why it trains less than it may: its temperature")
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
 
 
@@ -64,7 +66,6 @@ class LocalStatus(DeviceStatus):
     last_accepted: float | None = Field(default=None, description="When the last one was accepted, in Unix seconds")
     devices: tuple[DeviceStatus, ...] = Field(default=(), description="Each device of the node")
     online: bool = Field(default=False, description="Whether the network is up")
-    slowed: str | None = Field(default=None, description="Why the node trains less than it may: its temperature")
     addresses: tuple[str, ...] = Field(default=(), description="Addresses that the node announces")
     blobs_bytes: int | None = Field(default=None, description="Bytes of blobs that it serves; null before the first heartbeat")
     audits_today: int = Field(default=0, description="Audits that it has carried out for the coordinator since local midnight")

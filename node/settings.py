@@ -133,7 +133,7 @@ class NodeSettings(BaseSettings):
         default=None,
         ge=30,
         le=110,
-        description="Temperature limit in degrees Celsius: training slows down while the hottest sensor is above it",
+        description="Temperature limit in degrees Celsius: training on a device slows down while its own sensor is above it",
     )
     base: Path | None = Field(
         default=None,

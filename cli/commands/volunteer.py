@@ -185,7 +185,9 @@ def _device_line(device: dict[str, Any], now: float) -> str:
     text += f"; {waiting}" if (waiting := _waiting(device, now)) else ""
     if device["due"]:
         text += f", due in {ago(device['due'] - now)}"
-    return text + (f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else "")
+    text += f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else ""
+    heat = device.get("celsius")
+    return text + (f"; {device.get('slowed') or f'{heat:.0f} °C'}" if heat is not None else "")
 
 
 def _meanwhile(document: dict[str, Any]) -> str:

@@ -140,9 +140,9 @@ def check_memory() -> DoctorFinding:
 
 
 def check_temperature() -> DoctorFinding:
-    from lutetia.node.services.thermal import hottest
+    from lutetia.node.services.thermal import hottest, read_sensors
 
-    reading = hottest(("auto",))
+    reading = hottest(read_sensors(("auto",)))
     if reading is None:
         return DoctorFinding("temperature", "ok", "no sensor can be read, so --max-temp does not work here; use --duty")
     return DoctorFinding("temperature", "ok", f"{reading.celsius:.0f} °C ({reading.sensor})")

@@ -57,7 +57,6 @@ class NodeShell:
         self.parts = NodeParts(settings, network, workspace, contributions, self.replicator)
         self.devices: dict[str, DeviceShell] = {}
         self.left = asyncio.Event()
-        self.slowed: str | None = None
         self.blobs_bytes: int | None = None
         """Bytes of the blobs that this node serves, for the local status; None before the first heartbeat."""
         self.offline: str | None = None

@@ -20,7 +20,7 @@ def device_status(shell: DeviceShell) -> DeviceStatus:
     fields: dict[str, Any] = {
         "device": shell.name if probed or shell.named else None, "state": state.phase, "reason": state.why, "since": state.since,
         "problem": shell.problem, "paused_until": state.pause_until or state.closed_until or capped,
-        "precision": probed.precision_reason if probed else None,
+        "precision": probed.precision_reason if probed else None, "celsius": shell.celsius, "slowed": shell.slowed,
     }  # fmt: skip
     if work:
         shard, lane = shard_and_lane(work.shard)
@@ -52,6 +52,8 @@ def summed_up(devices: tuple[DeviceStatus, ...], since: float) -> dict[str, Any]
             "device": ", ".join(each.device or "?" for each in devices), "pending": sum(each.pending for each in devices),
             "samples_per_second": sum(rates) if rates else None,
             "problem": next((each.problem for each in devices if each.problem), None),
+            "slowed": next((f"{each.device}: {each.slowed}" for each in devices if each.slowed), None),
+            "celsius": max((each.celsius for each in devices if each.celsius is not None), default=None),
         }  # fmt: skip
     return fields
 
@@ -80,7 +82,7 @@ def status_fields(shell: NodeShell, since: float) -> dict[str, Any]:
     return {
         **own, "devices": devices, "run": shell.manifest.run_id, "name": shell.manifest.name,
         "manifest_version": shell.manifest.version, "online": online, "problem": shell.offline or own.get("problem"),
-        "slowed": shell.slowed, "traffic": traffic_status(shell),
+        "traffic": traffic_status(shell),
         "copies": len(shell.replicator.replicas), "blobs_bytes": shell.blobs_bytes,
         "accepted": counts.accepted, "refused": counts.refused, "last_accepted": counts.last_accepted,
         "accepted_today": counts.today(now),

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +87,7 @@ class ProbeResult(Frozen):
     question: Digest = Field(description="`question_digest` of the question")
     hardware: Hardware = Field(description="As in the node record")
     device: str = Field(description="The chosen device: cpu, mps, cuda:N or xpu:N")
+    cards: tuple[str, ...] = Field(default=(), description="Ids of its cards, as NVIDIA's tool names them")
     precision: Precision = Field(description="The chosen data type of the forward pass")
     precision_reason: str = Field(description="Why that data type")
     samples_per_second: float = Field(description="Training speed of the first expert that fits; 0 if none does")
@@ -115,6 +116,14 @@ def describe(device: str) -> Hardware:
         properties = kind.get_device_properties(torch.device(device))
         return Hardware(device=device, name=properties.name[:64], memory_bytes=properties.total_memory, cores=cores)
     return Hardware(device=device, name=_cpu_name(), memory_bytes=psutil.virtual_memory().total, cores=cores)
+
+
+def card_ids(devices: Sequence[str]) -> tuple[str, ...]:
+    """The ids of these cards, as NVIDIA's tool names them; other devices have none."""
+    import torch
+
+    cards = [torch.cuda.get_device_properties(device) for device in devices if device.startswith("cuda")]
+    return tuple(f"GPU-{card.uuid}" for card in cards if hasattr(card, "uuid"))
 
 
 def _cpu_name() -> str:
@@ -176,7 +185,7 @@ def probe(question: ProbeQuestion) -> ProbeResult:
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
         fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
     return ProbeResult(
-        question=question_digest(question), hardware=hardware, device=device, precision=precision,
+        question=question_digest(question), hardware=hardware, device=device, cards=card_ids([device]), precision=precision,
         precision_reason=precision_reason, samples_per_second=rate, shards=fits, needs=needs,
     )  # fmt: skip
 

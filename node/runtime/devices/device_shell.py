@@ -22,6 +22,7 @@ from lutetia.node.runtime.devices.parts import NodeHooks, NodeParts
 from lutetia.node.runtime.devices.trainer_process import TrainerProcess
 from lutetia.node.runtime.node_record import DeviceFacts
 from lutetia.node.runtime.tasks import NodeTasks
+from lutetia.node.services.thermal import Temperature
 from lutetia.node.settings import MIN_DUTY_CYCLE, NodeSettings
 from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import remembered_slots
@@ -65,6 +66,10 @@ class DeviceShell:
         self.left = asyncio.Event()
         self.named = False
         """Whether log lines name the device: the node has several."""
+        self.celsius: float | None = None
+        """Its temperature, where the volunteer limits it."""
+        self.slowed: str | None = None
+        """Why it trains less than it may."""
         self.problem: str | None = None
         """The last warning, for the local status."""
         self._told_needs: tuple[str, ...] = ()
@@ -85,9 +90,14 @@ class DeviceShell:
         return self.network.manifest
 
     @property
-    def slowed(self) -> str | None:
-        """Why the duty cycle is reduced now."""
-        return self.node.slowed
+    def cards(self) -> tuple[str, ...]:
+        """Ids of its cards, as NVIDIA's tool names them; none before the probe."""
+        return self.prober.result.cards if self.prober.result else ()
+
+    async def set_heat(self, reading: Temperature, share: float, slowed: str | None) -> None:
+        """Note its temperature, and train that share of the time that the volunteer allows (`thermal.HeatedDevice`)."""
+        self.celsius, self.slowed = reading.celsius, slowed
+        await self.trainer.set_duty_cycle(share * self.settings.duty)
 
     async def run(self, verbs: list[m.Event], *services: Coroutine[Any, Any, None]) -> None:
         """Run until the device has ended.

@@ -16,9 +16,6 @@ from lutetia.node.settings import NodeSettings
 class NodeHooks(Protocol):
     """What a device tells the node that it belongs to."""
 
-    slowed: str | None
-    """Why the duty cycle is reduced now, for the local status."""
-
     async def renew(self) -> None:
         """The node's record and those of its blobs are to be published, if they are due."""
         ...

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lutetia.node.services.thermal import hottest, next_duty_cycle, parse_nvidia
+from lutetia.node.services.thermal import Temperature, next_duty_cycle, parse_nvidia, read_sensors, temperature_of
 from lutetia.node.settings import MIN_DUTY_CYCLE
 from tests.node.scripted_coordinator import DaemonProcess, scripted_coordinator
 from tests.node.tiny_run import make_run
@@ -44,9 +44,22 @@ def test_temperature_settles_below_the_limit(full: float, inertia: float, limit:
 
 
 def test_nvidia_smi_output_is_parsed():
-    shown = "NVIDIA GeForce RTX 3060, 71\nNVIDIA H200, 44\nTesla K80, [N/A]\n"
-    assert [(each.sensor, each.celsius) for each in parse_nvidia(shown)] == [("NVIDIA GeForce RTX 3060", 71), ("NVIDIA H200", 44)]
+    shown = "GPU-1a, NVIDIA GeForce RTX 3060, 71\nGPU-2b, NVIDIA H200, 44\nGPU-3c, Tesla K80, [N/A]\n"
+    assert parse_nvidia(shown) == [
+        Temperature("NVIDIA GeForce RTX 3060", 71, "GPU-1a"), Temperature("NVIDIA H200", 44, "GPU-2b"),
+    ]  # fmt: skip
     assert parse_nvidia("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n") == []
+
+
+def test_each_device_goes_by_its_own_cards():
+    processor, first, second = Temperature("coretemp", 50), Temperature("A", 90, "GPU-1"), Temperature("B", 60, "GPU-2")
+    readings = [processor, first, second]
+    assert temperature_of("cuda:0", ["GPU-1"], readings) == first
+    assert temperature_of("cuda:1", ["GPU-2"], readings) == second, "the other card's heat slows nothing here"
+    assert temperature_of("cuda:0+cuda:1", ["GPU-1", "GPU-2"], readings) == first
+    assert temperature_of("cpu:1", [], readings) == processor
+    assert temperature_of("cuda:2", [], readings) == first, "not probed yet, or without a sensor: the hottest of all"
+    assert temperature_of("cuda:0", ["GPU-1"], []) is None
 
 
 class Sensor:
@@ -85,6 +98,7 @@ async def test_hot_node_trains_less_and_reports_why(sensor: Sensor, tmp_path: Pa
         async with DaemonProcess.running(coordinator, tmp_path / "node", *flags, prefix=sensor.prefix) as daemon:
             status = await daemon.until(slowed=lambda why: why and "64%" in why)
             assert status["slowed"] == "x86_pkg_temp is at 74 °C, limit 70: training 64% of the time"
+            assert (status["celsius"], status["devices"][0]["slowed"]) == (74, status["slowed"])
             sensor.shows(40)
             await daemon.until(slowed=None)
             await daemon.until(accepted=lambda count: count)
@@ -101,7 +115,7 @@ def test_doctor_shows_the_temperature_if_any(sensor: Sensor):
         ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    if hottest(("auto",)) is None:
+    if not read_sensors(("auto",)):
         assert doctor() == "no sensor can be read, so --max-temp does not work here; use --duty"
     sensor.shows(61.4)
     assert doctor() == "61 °C (x86_pkg_temp)"

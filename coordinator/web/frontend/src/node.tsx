@@ -9,6 +9,7 @@ import { ago, bytes, count, expert, rate, span } from './format'
 interface Device {
   state: string; reason: string; since: number; device: string | null; shard: number | null; shard_name: string | null; step: number | null
   steps: number | null; loss: number | null; samples_per_second: number | null; problem: string | null
+  celsius?: number | null; slowed?: string | null
 }
 interface Status {
   devices?: Device[]
@@ -76,13 +77,13 @@ function Devices({ devices }: { devices: Device[] }) {
       <h2 id="devices">Devices</h2>
       <div class="scroll" tabIndex={0}>
         <table>
-          <thead><tr><th scope="col">device</th><th scope="col">state</th><th scope="col">expert</th><th scope="col">step</th><th scope="col">loss</th><th scope="col">samples/s</th><th scope="col">why</th></tr></thead>
+          <thead><tr><th scope="col">device</th><th scope="col">state</th><th scope="col">expert</th><th scope="col">step</th><th scope="col">loss</th><th scope="col">samples/s</th><th scope="col">°C</th><th scope="col">why</th></tr></thead>
           <tbody>
             {devices.map((each, i) => (
               <tr key={i}>
                 <th scope="row">{each.device ?? '–'}</th><td>{each.state}</td><td>{each.shard === null ? '–' : `${expert(each.shard)} ${each.shard_name ?? ''}`}</td>
                 <td class="n">{each.step ?? '–'}/{each.steps ?? '–'}</td><td class="n">{each.loss === null ? '–' : each.loss.toFixed(4)}</td>
-                <td class="n">{each.samples_per_second === null ? '–' : rate(each.samples_per_second)}</td><td dir="auto">{each.problem ?? each.reason}</td>
+                <td class="n">{each.samples_per_second === null ? '–' : rate(each.samples_per_second)}</td><td class="n">{each.celsius == null ? '–' : each.celsius.toFixed(0)}</td><td dir="auto">{each.problem ?? each.slowed ?? each.reason}</td>
               </tr>
             ))}
           </tbody>
