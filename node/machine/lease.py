@@ -162,10 +162,11 @@ def _merged(transition: NodeTransition, epoch: int) -> None:
     work = transition.work
     late = "" if work.gathered else ", without the result of this node"
     transition.info(f"the lanes of shard {shard_and_lane(work.shard)[0]} were merged into epoch {epoch}{late}")
-    discard_work(transition, work.epoch)
-    if epoch >= transition.rules.epochs:
+    done, leaving = epoch >= transition.rules.epochs, transition.state.phase == "draining" or not work.owned
+    discard_work(transition, work.epoch, again=not done and not leaving)
+    if done:
         to_idle(transition, f"{slot_name(work.shard)} is done", save=False)
-    elif transition.state.phase == "draining" or not work.owned:
+    elif leaving:
         release(transition, save=False)
     else:
         start_sync(transition, work.shard)
@@ -187,10 +188,10 @@ def _overtaken(transition: NodeTransition) -> None:
     give_up(transition, why, save=False, seconds=rules.lease)
 
 
-def discard_work(transition: NodeTransition, epoch: int) -> None:
-    """Stop the trainer and drop all work after accepted `epoch`."""
+def discard_work(transition: NodeTransition, epoch: int, *, again: bool = False) -> None:
+    """Stop the trainer and drop all work after accepted `epoch`. `again`: training goes on soon."""
     if transition.work.trainer == "on":
-        transition.do(StopTrainer(save=False))
+        transition.do(StopTrainer(save=False, again=again))
     transition.set(remembered=transition.state.remembered - {transition.work.shard})
     transition.set_work(trainer="off", pending=(), offering=None)
     transition.do(DiscardWork(transition.work.shard, epoch))

@@ -300,9 +300,10 @@ class AllowEpochs:
 
 @dataclass(frozen=True, slots=True)
 class StopTrainer:
-    """Stop the trainer, after a local checkpoint if `save`; kill it if it does not answer."""
+    """Stop the trainer, after a local checkpoint if `save`; kill it if it does not answer. `again`: a start follows soon."""
 
     save: bool
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

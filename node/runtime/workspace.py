@@ -260,7 +260,7 @@ class Workspace:
     def superseded(self, slot: int, epoch: int) -> None:
         """Our checkpoint of `epoch` was accepted: remove older own checkpoints and the fetched base."""
         kept = self.work(slot).kept()
-        needed = {ref for item in kept if item.epoch >= epoch for ref in item.refs}
+        needed = [ref for item in kept if item.epoch >= epoch for ref in item.refs]
         for item in kept:
             if item.epoch < epoch:
                 self._drop(item, needed)

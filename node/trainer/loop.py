@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -71,8 +72,9 @@ class DaemonOrders:
         """`memory`: bytes that this process may take of its device; None: all that is free."""
         self._memory = memory
         self.until, self.duty_cycle = 0, 1.0
-        self.stopping, self.save = False, True
+        self.stopping, self.save, self.staying = False, True, False
         self._changed = threading.Condition()
+        self._listener: threading.Thread | None = None
         self._channel, self._messages = channel, channel.messages()
 
     def send(self, report: FromTrainer) -> None:
@@ -111,7 +113,14 @@ class DaemonOrders:
         return None
 
     def listen(self) -> None:
-        threading.Thread(target=self._listen, name="orders", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="orders", daemon=True)
+        self._listener.start()
+
+    def begin_again(self) -> None:
+        """Be ready for an assignment, as at the start."""
+        if self._listener:
+            self._listener.join()
+        self.stopping, self.save, self.staying, self.until = False, True, False, 0
 
     def _listen(self) -> None:
         for message in self._messages:
@@ -121,9 +130,11 @@ class DaemonOrders:
                         self.until = until
                     case SetDutyCycle(share=share):
                         self.duty_cycle = share
-                    case StopTraining(save=save):
-                        self.stopping, self.save = True, save
+                    case StopTraining(save=save, stay=stay):
+                        self.stopping, self.save, self.staying = True, save, stay
                 self._changed.notify_all()
+            if self.staying:
+                return  # what follows is for the next assignment
         with self._changed:
             self.stopping = True
             self._changed.notify_all()
@@ -325,9 +336,22 @@ def read_manifest(assignment: Assignment) -> Manifest:
 
 
 def work(channel: ParentChannel, memory: int | None = None) -> Exit:
-    """Carry out one assignment; returns why it ended. `memory`: bytes that it may take of its device; None: all that is free."""
+    """Carry out assignments until one does not say that another may follow; returns why the last one ended.
+
+    `memory`: bytes that it may take of its device; None: all that is free.
+    """
     torch.set_flush_denormal(True)  # a parent full of such numbers would make every step several times as slow
     orders = DaemonOrders(channel, memory)
+    while True:
+        reason = _work_once(orders)
+        if reason != "stopped" or not orders.staying:
+            return reason
+        orders.begin_again()
+        gc.collect()  # the next one needs the memory
+
+
+def _work_once(orders: DaemonOrders) -> Exit:
+    """Carry out one assignment; returns why it ended."""
     try:
         assignment = orders.assignment()
         if assignment is None:

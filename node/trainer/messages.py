@@ -143,10 +143,11 @@ class DataArrived(_Message):
 
 
 class StopTraining(_Message):
-    """End; write a local state first if `save`."""
+    """End; write a local state first if `save`. `stay`: then wait for further orders, as before the training."""
 
     do: Literal["stop"] = "stop"
     save: bool
+    stay: bool = False
 
 
 ToTrainer = (

@@ -45,7 +45,7 @@ LINES = "swarms.jsonl"
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks team-swarm", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks team-swarm", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("team-swarm"), help="folder of lines and table (default: team-swarm)")
     parser.add_argument("--swarm", action="append", choices=SWARMS, help="a swarm to measure, may be given again (default: all)")
     parser.add_argument("--seconds", type=float, default=900.0, help="measured time of each swarm (default: 900)")

@@ -220,8 +220,8 @@ class DeviceShell:
                 self._ordered(self._start_trainer(action), slot)
             case m.AllowEpochs(until=until):
                 self._ordered(self.trainer.allow(until))
-            case m.StopTrainer(save=save):
-                self._ordered(self.trainer.stop(save=save))
+            case m.StopTrainer(save=save, again=again):
+                self._ordered(self.trainer.stop(save=save, keep=again))
             case m.PublishCheckpoint(candidate=candidate):
                 self._spawn(self._publish_checkpoint(candidate))
             case m.DiscardWork(shard=slot, epoch=epoch):

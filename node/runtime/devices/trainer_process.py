@@ -83,6 +83,8 @@ class TrainerProcess:
         self._spawning = asyncio.Lock()
         self._spare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
+        self._kept: Child | None = None
+        """A process that is to stay when its trainer has ended."""
         self._duty_cycle: float | None = None
         self.disk_full = False
         """Whether the trainer waits for disk space; it retries and reports."""
@@ -171,17 +173,28 @@ class TrainerProcess:
         """A part of the data was stored."""
         await self._send(DataArrived())
 
-    async def stop(self, *, save: bool) -> None:
-        """End the trainer if there is one, and return when it is gone. `save`: give it STOP_GRACE to write a local state."""
+    async def stop(self, *, save: bool, keep: bool = False) -> None:
+        """End the trainer if there is one, and return when it is gone.
+
+        Args:
+            save: give it STOP_GRACE to write a local state.
+            keep: keep its process as the spare one, so that the next start need not import its libraries again.
+        """
         child, reader = self._child, self._reader
         self._child = self._reader = self.report = self._waits = None
         self.disk_full = False
         if child is None:
             return
-        self._stopping = True
+        self._stopping, self._kept = True, child if keep else None
         with contextlib.suppress(ConnectionError):
-            await child.send(StopTraining(save=save).to_wire())
-        await child.stop(STOP_GRACE if save else KILL_GRACE)
+            await child.send(StopTraining(save=save, stay=keep).to_wire())
+        if keep and reader:
+            await asyncio.wait([reader], timeout=STOP_GRACE)
+        if self._kept is child and reader and reader.done():
+            await self.give_back(child)
+        else:
+            self._kept = None
+            await child.stop(STOP_GRACE if save else KILL_GRACE)
         if reader:
             await reader
         self.slot = None
@@ -206,10 +219,14 @@ class TrainerProcess:
         try:
             async for message in child.messages():
                 reason = self._handle(run, parse_report(message)) or reason
+                if child is self._kept and reason and reason[0] == "stopped":
+                    break
         except ValueError as error:
             reason = "crash", f"the trainer sent a malformed message: {error}"
             await child.kill()
-        code = await child.process.wait()
+        if child is not self._kept or reason is None or reason[0] != "stopped":
+            self._kept = None
+        code = 0 if self._kept else await child.process.wait()
         if self._child is child:
             self._child = self._reader = self.report = self.slot = self._waits = None
             self.disk_full = False
