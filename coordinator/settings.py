@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from lutetia.coordinator.addresses import dialled_address, host_port
-from lutetia.protocol.schema.fields import Count, Name, Positive, PublicKey
+from lutetia.protocol.schema.fields import Count, Name, Positive, PublicKey, Share
 from lutetia.protocol.schema.manifest import AuditPolicy, HardwareNeeds, Timing
 from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
@@ -91,6 +91,11 @@ class RunSettings(_Settings):
         default=None,
         description="diffusers pipeline whose transformer every expert starts from, with its noise schedule, time shift, "
         "guidance and scheduler, a folder or a hub id owner/name@commit; the data must be built from it",
+    )
+    first_frame: Share | None = Field(
+        default=None,
+        description="Share of samples that are trained with their first latent frame given, so that clips can begin with a "
+        "picture; for Wan's transformer. Default: 0.9 from an image-to-video pipeline, else no pictures",
     )
     warm_start: str | None = Field(
         default=None, description="Folder or hub id of a model from which the experts take their first weights"

@@ -30,14 +30,15 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from lutetia.models.experts.families import family_of, full_config
+from lutetia.models.experts.objectives import with_first_frame
 from lutetia.models.mixing.adapter_experts import AdapterExperts, locate_base
-from lutetia.models.mixing.denoisers import Denoiser, FolderExperts
+from lutetia.models.mixing.denoisers import Denoiser, ExpertCall, FolderExperts
 from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
 from lutetia.models.mixing.stock.stock_call import read_stock_call, stock_config
-from lutetia.models.randomness import stream
+from lutetia.models.randomness import normals, stream
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import ConfigError, UsageError
 
@@ -88,6 +89,16 @@ def combine(
     return total
 
 
+def noised_first_frame(latents: Tensor, t: Tensor) -> Tensor:
+    """Latents `[B, C, F, H, W]` whose first frame, which is clean, is as noisy as the others at `t [B]`: what a router knows.
+
+    It draws the same noise at each step.
+    """
+    frame = latents[:, :, :1]
+    noise = normals(stream("sample", 0, 0, 0, "first frame"), tuple(frame.shape[1:])).to(frame)
+    return with_first_frame(latents, torch.lerp(frame, noise.expand_as(frame), t.to(frame.dtype).view(-1, 1, 1, 1, 1)))
+
+
 class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     """Experts and router behind the `forward` of a diffusers class, so that it can replace that class in a pipeline.
 
@@ -133,6 +144,8 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         self._available = torch.tensor([expert["folder"] is not None for expert in experts])
         self.changed_inputs: dict[str, Any] = {}
         """Fields of ExpertInputs that a caller gives in place of those of the experts' training."""
+        self.first_frame_given = False
+        """Whether the first latent frame of the rows of a call is given, clean."""
         self._kept: tuple[float, Tensor] | None = None  # sticky: time of the last call and its weights
         self.register_buffer("_anchor", torch.empty(0), persistent=False)  # gives an empty mixture a device and a dtype
 
@@ -214,8 +227,9 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         call = read_stock_call(self._interface, self.config, arguments)
         x, t = call.latents, call.time
         if weights is None:
-            weights = self.route(x, t, **{"pooled": None, **_routing_options(attention_kwargs)})
-        with self.told(call.changed):
+            seen = noised_first_frame(x, t) if call.given else x
+            weights = self.route(seen, t, **{"pooled": None, **_routing_options(attention_kwargs)})
+        with self.told(call.changed, call.given):
             answer = call.answer(combine(self.expert, weights, x, t, call.tokens, call.pooled))
         return Transformer2DModelOutput(sample=answer) if return_dict else (answer,)
 
@@ -262,13 +276,29 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         return len(self._available)
 
     @contextlib.contextmanager
-    def told(self, changed: dict[str, Any]) -> Iterator[None]:
-        """Within it, experts are given these fields of ExpertInputs in place of those of their training."""
-        before, self.changed_inputs = self.changed_inputs, {**self.changed_inputs, **changed}
+    def told(self, changed: dict[str, Any], given: bool = False) -> Iterator[None]:
+        """Within it, experts are given these fields of ExpertInputs in place of those of their training.
+
+        `given`: whether the first latent frame of all rows is given. Raises UsageError where experts take no first frames.
+        """
+        if given and not self.takes_first_frames:
+            raise UsageError("this mixture makes clips from text alone: its experts were not trained with first frames")
+        before = self.changed_inputs, self.first_frame_given
+        self.changed_inputs, self.first_frame_given = {**self.changed_inputs, **changed}, given
         try:
             yield
         finally:
-            self.changed_inputs = before
+            self.changed_inputs, self.first_frame_given = before
+
+    @property
+    def takes_first_frames(self) -> bool:
+        """Whether its experts were trained with first frames."""
+        kinds = [ExpertKind.model_validate(expert) for expert in self.config["experts"]]
+        return all(kind.inputs and kind.inputs.first_frame is not None for kind in kinds if kind.folder)
+
+    def call_of(self, expert: ExpertKind) -> ExpertCall:
+        """What `expert` is given at a call besides latents, time and text."""
+        return ExpertCall(self.inputs_of(expert), self.first_frame_given)
 
     def inputs_of(self, expert: ExpertKind) -> ExpertInputs | None:
         """What `expert` is given at a call besides latents and text: as in its training, but for `changed_inputs`."""

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, DiffusionPipeline):
     r"""
-    Pipeline for text-to-video generation using a mixture of experts.
+    Pipeline for text-to-video and image-to-video generation using a mixture of experts.
 
     Check the documentation of [`DiffusionPipeline`] for the generic methods of all pipelines.
 
@@ -137,6 +137,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cut_prompts: bool = False,
+        image: Any = None,
     ) -> Any:
         r"""
         The call function to the pipeline for generation. What is `None` is the mixture's own choice.
@@ -194,6 +195,9 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 The tensors in `callback_kwargs`, of those in `_callback_tensor_inputs`.
             cut_prompts (`bool`, defaults to `False`):
                 Cut prompts that have more tokens than the experts read, as captions are in training, instead of refusing them.
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                The first frame of the clips, one for all prompts or one each, resized to the size of the clips. Only of a
+                mixture whose experts were trained with first frames.
 
         Examples:
             ```python
@@ -229,6 +233,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         bucket = inputs.find_size(self.spec, num_frames, height, width)
         shape = (len(texts) * num_videos_per_prompt, *bucket.shape)
         inputs.check_noise(shape, generator, latents)
+        pictures = inputs.pictures_of(image, len(texts), bucket, self.transformer.takes_first_frames, self.video_processor)
         inputs.check_choices(output_type, mode, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if not cut_prompts and (texts.prompts or texts.negative):
             texts.check_lengths(self.text)
@@ -254,10 +259,12 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 self._current_timestep = self.scheduler.timesteps[min(step + 1, steps - 1)]
                 return None if self._interrupt else state
 
-            with self.transformer.told({} if embedded is None else {"guidance": embedded}):
+            first = None if pictures is None else self.encode_first_frames(pictures, num_videos_per_prompt).to(tokens.device)
+            with self.transformer.told({} if embedded is None else {"guidance": embedded}, pictures is not None):
                 sampled = sample(
                     self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
                     negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
+                    first_frame=first,
                 )  # fmt: skip
         self._current_timestep = None
         inputs.check_finite(sampled.latents, guidance, tokens.dtype)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
 from lutetia.models.data.encode.text import TextEncoder
@@ -177,6 +178,36 @@ def find_size(latent: LatentSpec, num_frames: int | None, height: int | None, wi
     named = zip(("num_frames", "height", "width"), sizes[0], asked_for, strict=True)
     name, makes, asked = next(each for each in named if each[2] not in (None, each[1]))
     raise PipelineInputError(f"this mixture makes clips of {name}={makes}, not {asked}; leave {name} out")
+
+
+def pictures_of(image: Any, prompts: int, latent: LatentSpec, taken: bool, processor: VideoProcessor) -> Tensor | None:
+    """The first frames, `[prompts, 3, H, W]` in -1..1; None without `image`.
+
+    Args:
+        image: of the call: one for all prompts, or a list of one each.
+        prompts: how many there are.
+        latent: the bucket, whose size in pixels they get.
+        taken: whether the experts were trained with first frames.
+        processor: resizes them, as diffusers' pipelines do.
+
+    Raises PipelineInputError: the experts take none, the number is another, the clips have one frame, or it is no picture.
+    """
+    if image is None:
+        return None
+    if not taken:
+        raise PipelineInputError("this mixture makes clips from text alone: its experts were not trained with first frames")
+    if latent.frames < 2:
+        raise PipelineInputError("these clips have one latent frame, of which a picture leaves nothing; ask for longer ones")
+    try:
+        pictures = processor.preprocess(image, height=latent.pixel_height, width=latent.pixel_width).float()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        raise PipelineInputError(f"image cannot be read as a picture: {str(error)[:200]}; give a PIL.Image") from error
+    if len(pictures) not in (1, prompts) or pictures.shape[1:] != (3, latent.pixel_height, latent.pixel_width):
+        raise PipelineInputError(
+            f"image has shape {list(pictures.shape)} for {prompts} prompts; give one picture in three colours, or one each"
+        )
+    _check_finite_input("image", pictures)
+    return pictures.expand(prompts, -1, -1, -1)
 
 
 def check_noise(shape: Sequence[int], generator: Generators | None, latents: Tensor | None) -> None:

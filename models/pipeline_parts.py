@@ -104,6 +104,13 @@ class PromptsAndPictures:
                 self._decoder = load_latents(self.spec.vae, self.spec, device=device, hub=self.allow_hub)
         return self._decoder
 
+    def encode_first_frames(self, pictures: Tensor, repeats: int = 1) -> Tensor:
+        """Latents `[N, C, 1, h, w]` of first frames `[N, 3, H, W]` in -1..1, as they begin the latents of a clip; `repeats` rows
+        of each.
+        """
+        latents = self.decoder.encode_pictures(pictures[:, :, None].to(self._execution_device))
+        return latents.repeat_interleave(repeats, dim=0)
+
     def _encode(self, texts: Texts, repeats: int, guided: bool = True) -> tuple[Tensor, ...]:
         """The text vectors of a call; without guidance, zeros stand for the null condition, which is not needed then."""
         device, dtype = self._execution_device, self.transformer.dtype

@@ -30,6 +30,9 @@ def generate(
     ] = None,
     prompts: Annotated[Path | None, setting("PROMPTS", "File with a prompt on every line, instead of PROMPT.")] = None,
     negative: Annotated[str | None, setting("NEGATIVE", "What the clips should not show, in words.")] = None,
+    image: Annotated[
+        Path | None, setting("IMAGE", "Picture that the clips begin with, cut to their shape; of a mixture with first frames.")
+    ] = None,
     out: Annotated[Path, setting("GENERATE_OUT", "File to write, .mp4 or .gif.")] = Path("clip.mp4"),
     mode: Annotated[Mode | None, setting("MODE")] = None,
     steps: Annotated[int | None, setting("STEPS", min=1)] = None,
@@ -69,6 +72,7 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:  # fmt: skip
     """Generate clips from prompts."""
+    from lutetia.cli.local.first_picture import read_picture
     from lutetia.cli.local.gallery import check_ending, write_clip
     from lutetia.cli.local.sampler import MixtureLoader
     from lutetia.cli.local.sampling_plan import bucket_of, clips_at_once, plan_sampling
@@ -82,6 +86,7 @@ def generate(
     document = read_mixture(mixture).mixture
     bucket = bucket_of(document.latent, size, frames)
     document = document.model_copy(update={"latent": bucket})
+    first = None if image is None else read_picture(image, bucket.pixel_width, bucket.pixel_height)
     plan = plan_sampling(document, device=device, dtype=dtype, experts_in_memory=experts_in_memory, tiling=tiling)
     say(plan.reason)
     sampler = MixtureLoader(mixture, hub=hub, plan=plan, base=base)
@@ -89,7 +94,8 @@ def generate(
     with progress("generate") as report:
         clips = sampler.generate(
             texts, negative=negative, seed=seed, batch=batch or clips_at_once(document.latent), mode=mode, steps=steps,
-            guidance=guidance, bucket=bucket, on_cut=lambda problem: say(f"warning: {problem}; its end is cut, as in training"),
+            guidance=guidance, bucket=bucket, image=first,
+            on_cut=lambda problem: say(f"warning: {problem}; its end is cut, as in training"),
             on_step=lambda done, total: report("steps", done, total),
         )  # fmt: skip
         for file, clip in zip(files, clips, strict=True):

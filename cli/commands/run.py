@@ -33,6 +33,7 @@ def create(
     address: Annotated[list[str] | None, setting("RUN_ADDRESS")] = None,
     experts: Annotated[int | None, setting("RUN_EXPERTS", min=1)] = None,
     pipeline: Annotated[str | None, setting("PIPELINE", "", "--from")] = None,
+    first_frame: Annotated[float | None, setting("RUN_FIRST_FRAME", min=0.0, max=1.0)] = None,
     warm_start: Annotated[
         str | None,
         setting("RUN_WARM_START"),
@@ -42,7 +43,10 @@ def create(
     """Create a run: sign its manifest and write the ticket for volunteers."""
     from lutetia.coordinator.settings import RunSettings
 
-    flags = given(preset=preset, name=name, addresses=address, experts=experts, pipeline=pipeline, warm_start=warm_start)
+    flags = given(
+        preset=preset, name=name, addresses=address, experts=experts, pipeline=pipeline, first_frame=first_frame,
+        warm_start=warm_start,
+    )  # fmt: skip
     values = {**read_config(config, "run"), **flags}
     settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports
     from lutetia.coordinator.admin.create import create_run

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lutetia.cli.local.sampling_plan import SamplingPlan
+from lutetia.system.errors import UsageError
 
 if TYPE_CHECKING:
     from lutetia.models.video_files import Frames
@@ -94,6 +95,7 @@ class MixtureLoader:
         seed: int = 0,
         batch: int = 8,
         bucket: LatentSpec | None = None,
+        image: Any = None,
         on_cut: Callable[[str], None] = lambda problem: None,
         on_step: Callable[[int, int], None] = lambda done, steps: None,
         **options: Any,
@@ -106,6 +108,7 @@ class MixtureLoader:
             seed: clip i starts from noise of `seed + i`.
             batch: clips sampled at once.
             bucket: of the mixture, whose size and length clips have; None: the first.
+            image: first frame of all clips, as the pipeline takes it. None: they begin with what the prompt says.
             on_cut: called with a clause about each text that is longer than those of training, whose end is cut.
             on_step: called with (steps done, steps) of all batches together.
             options: those of `sample`.
@@ -117,14 +120,17 @@ class MixtureLoader:
         from lutetia.models.video_files import to_uint8
 
         pipeline = self.pipeline
+        if image is not None and not pipeline.transformer.takes_first_frames:
+            raise UsageError("the experts of this mixture were not trained with first frames; leave --image out")
         for problem in Texts.of(list(prompts), negative).too_long(pipeline.text):
             on_cut(problem)
         names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
         encoded = dict(zip(names, pipeline.encode_prompt(list(prompts), negative), strict=True))
         pipeline.free_text_encoder()
-        sampled, shape = [], {}
+        sampled: list[tuple[Any, list[dict[str, float]]]] = []
+        same: dict[str, Any] = {"image": image}
         if bucket:
-            shape = {"num_frames": bucket.pixel_frames, "height": bucket.pixel_height, "width": bucket.pixel_width}
+            same |= {"num_frames": bucket.pixel_frames, "height": bucket.pixel_height, "width": bucket.pixel_width}
         batches = -(-len(prompts) // batch)
         for number in range(batches):
 
@@ -136,7 +142,7 @@ class MixtureLoader:
             texts: dict[str, Any] = {name: vectors[rows] for name, vectors in encoded.items()}
             output = pipeline(
                 **texts, num_inference_steps=options.get("steps"), guidance_scale=options.get("guidance"),
-                mode=options.get("mode"), expert=options.get("expert"), seed=seed + rows.start, output_type="latent", **shape,
+                mode=options.get("mode"), expert=options.get("expert"), seed=seed + rows.start, output_type="latent", **same,
                 callback_on_step_end=step_done,
             )  # fmt: skip
             sampled += [(latents.cpu(), self._named(output.routing, clip)) for clip, latents in enumerate(output.frames)]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lutetia.coordinator.admin.base import keep_base, with_base
-from lutetia.coordinator.admin.pipeline_settings import pipeline_needs, with_pipeline
+from lutetia.coordinator.admin.pipeline_settings import pipeline_needs, with_first_frame, with_pipeline
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.galleries import copy_sheets
 from lutetia.coordinator.holdouts import holdout_store
@@ -194,7 +194,7 @@ def _manifest(
     sources: Sequence[InitialWeights],
 ) -> Manifest:  # fmt: skip
     total = sum(shard.prior for shard in description.shards)
-    specs = [source.spec for source in sources]
+    specs = [with_first_frame(source.spec, settings) for source in sources]
     experts = specs if any(spec != specs[0] for spec in specs) else [None] * len(description.shards)
     shards = tuple(
         ShardSpec(
@@ -206,7 +206,7 @@ def _manifest(
     )  # fmt: skip
     from lutetia.models.training.memory.forecast import checkpoint_form
 
-    expert = _expert(settings, description.latent, sources)
+    expert = with_first_frame(_expert(settings, description.latent, sources), settings)
     form, why = checkpoint_form(settings.checkpoints, expert)
     _log.info("checkpoints are published in the form %s: %s", form, why)
     try:

@@ -47,6 +47,16 @@ def with_pipeline(settings: RunSettings, latent: LatentSpec) -> RunSettings:
     return settings.model_copy(update={"expert": expert, "warm_start": start, "sampling": sampling, "optimisation": optimisation})
 
 
+def with_first_frame(expert: ExpertSpec, settings: RunSettings) -> ExpertSpec:
+    """The expert, trained with as many first frames as the settings say."""
+    if settings.first_frame is None:
+        return expert
+    from lutetia.models.experts.families import family_of
+
+    inputs = expert.inputs or family_of(expert.class_name).inputs
+    return expert.model_copy(update={"inputs": inputs.model_copy(update={"first_frame": settings.first_frame})})
+
+
 def pipeline_needs(expert: ExpertSpec, latent: LatentSpec, sampling: SamplingSpec) -> tuple[str, ...]:
     """The capabilities that a run needs because of what it takes from a pipeline."""
     taken = (expert.betas, expert.inputs, latent.text, sampling.scheduler, sampling.embedded_guidance)

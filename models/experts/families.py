@@ -68,7 +68,13 @@ def construct(spec: ExpertSpec) -> nn.Module:
 
 
 def call_expert(
-    model: nn.Module, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None, inputs: ExpertInputs | None = None
+    model: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    tokens: Tensor,
+    pooled: Tensor | None = None,
+    inputs: ExpertInputs | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The expert's raw prediction, in the shape of `x_t`; position channels are added here.
 
@@ -79,6 +85,8 @@ def call_expert(
         tokens: `[B, L, D]`.
         pooled: `[B, P]`, or None.
         inputs: what else it is given (`ExpertSpec.inputs`). None: what its class needs.
+        given: rows whose first latent frame is clean and is only to be continued, bool `[B]`. None: no row, asked in the way that
+            all classes know.
     """
     family = family_of(type(model).__name__)
     inputs = inputs or family.inputs
@@ -88,8 +96,8 @@ def call_expert(
         x_t = torch.cat([x_t, positions.expand(len(x_t), -1, -1, -1, -1)], dim=1)
     timestep = t * TIMESTEPS
     if inputs.reversed:
-        return -family.call(model, Asked(x_t, TIMESTEPS - timestep, tokens, pooled, inputs))
-    return family.call(model, Asked(x_t, timestep, tokens, pooled, inputs))
+        return -family.call(model, Asked(x_t, TIMESTEPS - timestep, tokens, pooled, inputs, given))
+    return family.call(model, Asked(x_t, timestep, tokens, pooled, inputs, given))
 
 
 @lru_cache(maxsize=16)
@@ -151,6 +159,7 @@ def _check_fits(expert: bytes, latents: bytes) -> None:
     config = config_of(model)
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
+    _check_first_frame(spec, family, p_t)
     volume = p_t * p_h * p_w if family.packed else 1
     extra = _input_channels(family, config) - latent.channels
     if config.in_channels % volume or extra < 0 or extra % 6 or extra > MOST_POSITION_CHANNELS:
@@ -181,6 +190,18 @@ def _check_fits(expert: bytes, latents: bytes) -> None:
     except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ConfigError(f"{spec.class_name} cannot take the run's latents: {reason}; correct the expert config") from error
+
+
+def _check_first_frame(spec: ExpertSpec, family: Family, frames: int) -> None:
+    if spec.first_frame is None:
+        return
+    if not family.takes_first_frame:
+        known = ", ".join(sorted(name for name, each in FAMILIES.items() if each.takes_first_frame))
+        raise ConfigError(f"{spec.class_name} takes no first frame; leave first_frame out, or use one of {known}")
+    if frames > 1 or spec.betas or spec.noise_schedule != "linear" or family.inputs.reversed:
+        raise ConfigError(
+            f"first_frame needs patches of one frame and flow matching, which this {spec.class_name} does not have; leave it out"
+        )
 
 
 @torch.no_grad()

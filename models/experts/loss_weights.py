@@ -12,10 +12,16 @@ from lutetia.protocol.schema.model.training_spec import Optimisation
 
 
 def weighted_losses(
-    optimisation: Optimisation, spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor
+    optimisation: Optimisation,
+    spec: ExpertSpec,
+    predict: Predict,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The loss of every row that the run trains and is judged by, `[B]`: `row_losses` times `loss_weights`."""
-    losses = row_losses(spec, predict, x0, noise, t)
+    losses = row_losses(spec, predict, x0, noise, t, given)
     return losses if optimisation.weighting is None else losses * loss_weights(optimisation.weighting, spec, t)
 
 

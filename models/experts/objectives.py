@@ -103,7 +103,7 @@ def velocity(prediction: Prediction, schedule: Schedule, predict: Predict, x_t: 
     return to_velocity(prediction, schedule, predict(z, s).to(exact), wide, time).to(x_t.dtype)
 
 
-def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, given: Tensor | None = None) -> Tensor:
     """The training loss of every row, `[B]`: the squared error's mean over the row's elements.
 
     `velocity`: error of the velocity on the expert's own path. `epsilon`: error of eps. `sample`: error of the velocity that x0
@@ -116,6 +116,8 @@ def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t:
         x0: clean latents, `[B, ...]`.
         noise: standard normals, `[B, ...]`.
         t: flow times, `[B]`.
+        given: rows whose first latent frame is clean and not part of the loss, as Wan 2.2 TI2V is trained, bool `[B]`. They have
+            more than one frame, and the schedule is linear. None: no row.
     """
     schedule = schedule_of(spec)
     s, scale = matched(schedule, t)
@@ -123,6 +125,8 @@ def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t:
     x_t = torch.lerp(x0, noise, time)
     if schedule != "linear":
         x_t = scale * x_t
+    if given is not None:
+        x_t = with_first_frame(x_t, x0[:, :, :1], given)
     out = predict(x_t, s).to(x0.dtype)
     if spec.prediction == "sample":
         error = (out - x0) / time.clamp_min(T_MIN)
@@ -132,7 +136,18 @@ def row_losses(spec: ExpertSpec, predict: Predict, x0: Tensor, noise: Tensor, t:
         error = out - (noise - x0)
     else:
         error = out - scale * ((1 - time) * noise - time * x0)
-    return error.square().flatten(1).mean(1)
+    if given is None:
+        return error.square().flatten(1).mean(1)
+    frames = error.shape[2]
+    counted = with_first_frame(error, torch.zeros_like(error[:, :, :1]), given)
+    return counted.square().flatten(1).mean(1) * (frames / (frames - given.to(error.dtype)))
+
+
+def with_first_frame(latents: Tensor, frame: Tensor, given: Tensor | None = None) -> Tensor:
+    """The latents `[B, C, F, H, W]` with the first frames `[B, C, 1, H, W]` in the rows that are `given [B]`; None: in all."""
+    if given is not None:
+        frame = torch.where(given.view(-1, 1, 1, 1, 1), frame, latents[:, :, :1])
+    return torch.cat([frame, latents[:, :, 1:]], dim=2)
 
 
 def times(sampling: TimeSampling, uniforms: Tensor) -> Tensor:

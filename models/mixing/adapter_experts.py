@@ -97,7 +97,7 @@ class AdapterExperts:
         entry = self._mixture.config["experts"][index]
         kind = ExpertKind.model_validate({name: entry[name] for name in ExpertKind.model_fields if name in entry})
         model = self._resident()
-        answer = module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.inputs_of(kind))
+        answer = module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.call_of(kind))
         self._adapter(index)
 
         def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 from lutetia.models.experts.families import call_expert
@@ -35,15 +37,25 @@ class FolderExperts:
         model.to(self._mixture.device)
         log.info("read expert %d (%s) from %s", index, entry["class_name"], entry["folder"])
         kind = ExpertKind.model_validate({name: entry[name] for name in ExpertKind.model_fields if name in entry})
-        return module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.inputs_of(kind))
+        return module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.call_of(kind))
+
+
+@dataclass(frozen=True)
+class ExpertCall:
+    """What an expert is given at a call besides latents, time and text."""
+
+    inputs: ExpertInputs | None = None
+    """None: what its class needs."""
+    given: bool = False
+    """Whether the first latent frame of all rows is given, clean."""
 
 
 def module_denoiser(
-    model: nn.Module, prediction: Prediction, schedule: Schedule, inputs: Callable[[], ExpertInputs | None] = lambda: None
+    model: nn.Module, prediction: Prediction, schedule: Schedule, call: Callable[[], ExpertCall] = ExpertCall
 ) -> Denoiser:
     """A diffusers expert as a denoiser of velocities. It runs on the device of its inputs and in the dtype of `tokens`.
 
-    `inputs` says at each call what else the expert is given; None: what its class needs.
+    `call` says at each call what else the expert is given.
     """
 
     def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
@@ -51,7 +63,9 @@ def module_denoiser(
             model.to(x_t.device)
 
         def ask(z: Tensor, s: Tensor) -> Tensor:
-            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled, inputs())
+            asked = call()
+            given = torch.ones(len(z), dtype=torch.bool, device=z.device) if asked.given else None
+            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled, asked.inputs, given)
 
         return velocity(prediction, schedule, ask, x_t, t)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lutetia.models.experts.objectives import shift_time
+from lutetia.models.experts.objectives import shift_time, with_first_frame
 from lutetia.models.mixing.stock.solvers import EulerSolver, Solver
-from lutetia.models.mixture import MixtureTransformer, Mode, combine
+from lutetia.models.mixture import MixtureTransformer, Mode, combine, noised_first_frame
 from lutetia.models.randomness import normals, seed_of, stream
 
 
@@ -73,6 +73,7 @@ def sample(
     expert: int | None = None,
     seeds: Sequence[int] | None = None,
     on_step: StepDone | None = None,
+    first_frame: Tensor | None = None,
 ) -> SampledLatents:
     """Integrate the flow from `noise` to data.
 
@@ -90,6 +91,7 @@ def sample(
         expert: ask this expert alone, without the router.
         seeds: one per clip, for `sticky`.
         on_step: called after every step; may replace the state or stop the sampling.
+        first_frame: latents of the clips' first frame, which the experts continue, [N, C, 1, H, W].
     """
     null_tokens, null_pooled = negative or (torch.zeros_like(tokens), torch.zeros_like(pooled))
     state = SamplingState(noise, tokens, pooled, null_tokens, null_pooled)
@@ -99,7 +101,11 @@ def sample(
     for step, now in enumerate(solver.times.tolist()):
         x = solver.latents(step, state.latents)
         t = torch.full((len(x),), now, device=x.device)
-        weights = _decide(mixture, x.to(state.tokens.dtype), t, state.pooled, mode, expert, seeds)
+        seen = x
+        if first_frame is not None:
+            x = with_first_frame(x, first_frame)
+            seen = noised_first_frame(x, t)
+        weights = _decide(mixture, seen.to(state.tokens.dtype), t, state.pooled, mode, expert, seeds)
         flow = _guided_velocity(mixture, replace(state, latents=x), t, weights, guidance)
         state = replace(state, latents=solver.advance(step, state.latents, flow))
         routing.append(weights.float().cpu())
@@ -107,7 +113,8 @@ def sample(
         if changed is None:
             break
         state = changed
-    return SampledLatents(state.latents, torch.stack(routing))
+    latents = state.latents if first_frame is None else with_first_frame(state.latents, first_frame)
+    return SampledLatents(latents, torch.stack(routing))
 
 
 def _guided_velocity(mixture: MixtureTransformer, state: SamplingState, t: Tensor, weights: Tensor, guidance: float) -> Tensor:

@@ -38,10 +38,13 @@ class Convention:
     """Whether the transformer is told which tokens are padding."""
     grid: Literal["own", "uniform", "linear-quadratic"] = "own"
     embedded_guidance: float | None = None
+    first_frame: float | None = None
+    """Share of samples that are trained with their first frame given, unless the run says another; None: none."""
 
 
 CONVENTIONS: Mapping[str, Convention] = {
     "WanPipeline": Convention(TextRecipe(cleaned=True), 512, 50, 5.0, 16.0),
+    "WanImageToVideoPipeline": Convention(TextRecipe(cleaned=True), 512, 50, 5.0, 24.0, first_frame=0.9),
     "SkyReelsV2Pipeline": Convention(TextRecipe(cleaned=True), 512, 50, 6.0, 24.0),
     "LTXPipeline": Convention(TextRecipe(attends_padding=True), 128, 50, 3.0, 25.0, masked=True, grid="uniform"),
     "CogVideoXPipeline": Convention(TextRecipe(attends_padding=True, keeps_padding=True), 226, 50, 6.0, 8.0),
@@ -54,11 +57,11 @@ CONVENTIONS: Mapping[str, Convention] = {
     "MochiPipeline": Convention(TextRecipe(), 256, 64, 4.5, 30.0, masked=True, grid="linear-quadratic"),
 }  # fmt: skip
 
+_OWN_CHANNELS = "it takes its first frame in channels of its own, which experts do not have; use the text-to-video pipeline"
 OTHER_TASKS: Mapping[str, str] = {
-    "WanImageToVideoPipeline": "it starts from a first frame, which shards do not hold; use the text-to-video pipeline",
     "WanVideoToVideoPipeline": "its parts are those of WanPipeline; name a pipeline of that class",
-    "CogVideoXImageToVideoPipeline": "it starts from a first frame, which shards do not hold; use the text-to-video pipeline",
-    "HunyuanVideoImageToVideoPipeline": "it starts from a first frame, which shards do not hold; use the text-to-video pipeline",
+    "CogVideoXImageToVideoPipeline": _OWN_CHANNELS,
+    "HunyuanVideoImageToVideoPipeline": _OWN_CHANNELS,
     "LTXImageToVideoPipeline": "its parts are those of LTXPipeline; name a pipeline of that class",
     "LTXConditionPipeline": "its parts are those of LTXPipeline; name a pipeline of that class",
 }

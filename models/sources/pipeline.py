@@ -90,7 +90,9 @@ class PipelineSource:
             space, time = ltx_ratios(self.config("vae"))
             scale = (time / fps, float(space), float(space))
         reverse = bool(self.config("scheduler").get("invert_sigmas"))
-        return ExpertInputs(masked=self.convention.masked, rope_scale=scale, reversed=reverse)
+        return ExpertInputs(
+            masked=self.convention.masked, rope_scale=scale, reversed=reverse, first_frame=self.convention.first_frame
+        )
 
     def sampling(self) -> dict[str, Any]:
         """Values of a SamplingSpec: steps, guidance and scheduler of the pipeline. Raises ConfigError."""
@@ -150,6 +152,11 @@ def _check(ref: str, class_name: str, index: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{WHAT} {ref!r} has two transformers, one for high and one for low noise, which is not supported; "
             "use one with a single transformer, such as Wan 2.1 or Wan 2.2 TI2V-5B"
+        )
+    if class_name == "WanImageToVideoPipeline" and not index.get("expand_timesteps"):
+        raise ConfigError(
+            f"{WHAT} {ref!r} is a {class_name} that takes its first frame in channels of its own, which is not supported; "
+            "use one that takes it as a frame at time 0, such as Wan 2.2 TI2V-5B"
         )
     for part in ("transformer", "scheduler", "vae", "text_encoder", "tokenizer"):
         if not _given(index.get(part)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -30,19 +31,24 @@ class Batch:
     """[B, L, D]; the null condition where the text is dropped"""
     pooled: Tensor
     """[B, P]; the null condition where the text is dropped"""
+    given: Tensor | None = None
+    """Whether a row's first latent frame is given, bool [B]; None: the expert takes no first frames"""
 
     def rows(self, first: int, last: int) -> Batch:
         """The micro-batch of rows `first` to `last - 1`; views, not copies."""
-        return Batch(*(tensor[first:last] for tensor in self._tensors()))
+        return self._with(lambda tensor: tensor[first:last])
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; copies to an accelerator use pinned memory and do not block."""
         if device.type == "cpu":
             return self
-        return Batch(*(_pinned(tensor, device).to(device, non_blocking=True) for tensor in self._tensors()))
+        return self._with(lambda tensor: _pinned(tensor, device).to(device, non_blocking=True))
 
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.latents, self.noise, self.time, self.tokens, self.pooled
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        given = None if self.given is None else change(self.given)
+        return Batch(
+            change(self.latents), change(self.noise), change(self.time), change(self.tokens), change(self.pooled), given
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.time)
@@ -58,6 +64,7 @@ class Batches:
         self._run, self._shard, self._data = manifest.run_id, shard, data
         self._lane, self._lanes = lane, manifest.lanes
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
+        self._first_frame = manifest.expert_of(shard).first_frame
         self._order = BatchOrder(manifest.run_id, shard, tuple(data.sizes), manifest.optimisation.batch)
 
     def at(self, epoch: int, step: int) -> Batch:
@@ -78,7 +85,20 @@ class Batches:
             time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
             tokens=_or_null(clips.tokens, kept, null[0]),
             pooled=_or_null(clips.pooled, kept, null[1]),
+            given=first_frames_given(
+                self._first_frame, stream(*place, of_lane("first frame", self._lane)), clips.latents.shape[2], size
+            ),
         )
+
+
+def first_frames_given(share: float | None, draw: np.random.Generator, frames: int, rows: int) -> Tensor | None:
+    """Which of `rows` clips of `frames` latent frames are trained with their first frame given, bool [rows].
+
+    None where the expert takes no first frames. A picture is never given: nothing would be left of it.
+    """
+    if share is None:
+        return None
+    return torch.from_numpy(draw.random(rows) < share) & (frames > 1)
 
 
 class BatchesAhead:

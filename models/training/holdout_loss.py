@@ -117,6 +117,8 @@ def holdout_loss(
         load_trained(model, read_weights(weights, manifest, shard))
     model = model.to(device).eval()
     clips, noise, t = holdout_rows(manifest, shard, data, draw=draw, noises=noises)
+    drawing = stream(draw or manifest.run_id, shard, 0, 0, "holdout first frame")
+    with_frame = torch.from_numpy(drawing.random(len(clips)) < (spec.first_frame or 0.0))
 
     def score(rows: Tensor) -> list[float]:
         losses = torch.empty(len(rows))
@@ -130,11 +132,13 @@ def holdout_loss(
         taken = data.take(clips[rows])
         latents, tokens, pooled = (each.to(device) for each in (taken.latents, taken.tokens, taken.pooled))
 
-        def answer(z, s):
-            return call_expert(model, z, s, tokens, pooled, spec.inputs)
+        given = None if spec.first_frame is None else (with_frame[rows] & (latents.shape[2] > 1)).to(device)
 
-        given = latents, noise.take(rows).to(device), t[rows].to(device)
-        return weighted_losses(manifest.optimisation, spec, answer, *given).cpu()
+        def answer(z, s):
+            return call_expert(model, z, s, tokens, pooled, spec.inputs, given)
+
+        asked = latents, noise.take(rows).to(device), t[rows].to(device), given
+        return weighted_losses(manifest.optimisation, spec, answer, *asked).cpu()
 
     order, losses = _score_rows(score, len(clips), _drawn_order(manifest, shard, draw, len(clips)), limits, on_rows, clock)
     drawn, scored = order is not None, torch.tensor(losses)

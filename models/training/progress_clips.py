@@ -12,7 +12,7 @@ from torch import Tensor
 from lutetia.models.data.encode.latents import load_latents
 from lutetia.models.data.encode.text import load_text_encoder
 from lutetia.models.experts.objectives import schedule_of
-from lutetia.models.mixing.denoisers import module_denoiser
+from lutetia.models.mixing.denoisers import ExpertCall, module_denoiser
 from lutetia.models.mixing.sampling import initial_noise, time_grid
 from lutetia.models.training.trainer import ExpertTrainer
 
@@ -50,7 +50,7 @@ class ProgressClips:
         nothing = tuple(vector.to(device).expand_as(rows) for vector, rows in zip(self._null, (tokens, pooled), strict=True))
         x = initial_noise(trainer.manifest.latent.shape, range(len(self.prompts))).to(device)
         spec = trainer.spec
-        denoise = module_denoiser(trainer.model, spec.prediction, schedule_of(spec), lambda: spec.inputs)
+        denoise = module_denoiser(trainer.model, spec.prediction, schedule_of(spec), lambda: ExpertCall(spec.inputs))
         trainer.model.eval()
         try:
             for now, then in _pairs(time_grid(sampling.steps, sampling.time_shift)):

@@ -176,15 +176,15 @@ class ExpertTrainer:
         for first in range(0, len(batch), self.micro_batch):
             rows = batch.rows(first, first + self.micro_batch).to(self.device)
             with self._autocast():
-                given = self._answers(rows), rows.latents, rows.noise, rows.time
-                losses = weighted_losses(self.manifest.optimisation, self.spec, *given)
+                asked = self._answers(rows), rows.latents, rows.noise, rows.time, rows.given
+                losses = weighted_losses(self.manifest.optimisation, self.spec, *asked)
             loss = losses.sum() / len(batch)
             (loss if factor == 1 else loss * factor).backward()
             total += loss.detach()
         return total
 
     def _answers(self, rows: Batch):
-        return lambda z, s: call_expert(self.model, z, s, rows.tokens, rows.pooled, self.spec.inputs)
+        return lambda z, s: call_expert(self.model, z, s, rows.tokens, rows.pooled, self.spec.inputs, rows.given)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, LANES, LOSS_WEIGHTS, Capabilities
+from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, FIRST_FRAME, LANES, LOSS_WEIGHTS, Capabilities
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -175,6 +175,9 @@ class Manifest(WireDocument):
             raise ValueError(f"compact checkpoints need the capability {COMPACT}; add it to needs")
         if self.team and LANES not in self.needs:
             raise ValueError(f"a team needs the capability {LANES}; add it to needs")
+        experts = (self.expert, *(shard.expert for shard in self.shards if shard.expert))
+        if any(expert.first_frame is not None for expert in experts) and FIRST_FRAME not in self.needs:
+            raise ValueError(f"experts that are given first frames need the capability {FIRST_FRAME}; add it to needs")
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:
@@ -223,7 +226,8 @@ class Manifest(WireDocument):
 
 def needed_capabilities(expert: ExpertSpec, optimisation: Optimisation) -> tuple[str, ...]:
     """What a peer must be able to do to take part in a run of such experts that are trained so."""
-    return (*((ADAPTERS,) if expert.adapter else ()), *((LOSS_WEIGHTS,) if optimisation.weighting else ()))
+    needed = ((ADAPTERS, expert.adapter), (LOSS_WEIGHTS, optimisation.weighting), (FIRST_FRAME, expert.first_frame is not None))
+    return tuple(capability for capability, used in needed if used)
 
 
 class SignedManifest(Frozen):

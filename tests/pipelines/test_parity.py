@@ -14,8 +14,11 @@ import diffusers
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
+from lutetia.cli.local.first_picture import read_picture
+from lutetia.cli.local.sampler import MixtureLoader
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.data.parts.reader import load_shard
 from lutetia.models.mixing.stitch import stitch
@@ -24,10 +27,12 @@ from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.manifest import Manifest
+from lutetia.system.errors import UsageError
 from tests.pipelines.tiny_clips import FPS, STEPS, build, create, write_clips
 from tests.pipelines.tiny_pipelines import PIPELINES, PROMPTS, pipeline_folder
 
 GUIDANCE = 3.0
+PICTURE = Image.effect_mandelbrot((96, 80), (-3, -2.5, 2, 2.5), 100).convert("RGB")
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +81,10 @@ def train(manifest: Manifest, folder: Path) -> None:
     author = ReplayEnd(folder / "weights.safetensors", folder / "state.safetensors")
     again = replay(manifest, 0, data, ReplayParent(0, first), manifest.steps_per_epoch, end=author)
     assert (list(again.losses), again.drift) == (losses, 0.0)
+    if manifest.expert.first_frame is not None:
+        batches = [trainer._batches.take(epoch, 0).given for epoch in range(16)]
+        given = [row for batch in batches for row in (batch if batch is not None else [])]
+        assert 16 < sum(given) < 32, "most first frames are given, and some are not"
 
 
 def draw_stock(made: Made, transformer: Any = None) -> Tensor:
@@ -93,10 +102,12 @@ def draw_stock(made: Made, transformer: Any = None) -> Tensor:
         case "cogvideox":
             options |= {"latents": made.noise.transpose(1, 2).clone(), "max_sequence_length": latent.text_tokens}
             options |= {"generator": torch.Generator().manual_seed(3)}
+        case "wan22" if made.name == "wan22-i2v":
+            options |= {"image": PICTURE}
         case "hunyuan":
             options |= {"guidance_scale": 6.0, "true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""]}
     try:
-        latents = stock(PROMPTS, **options)[0]
+        latents = stock(prompt=PROMPTS, **options)[0]
     finally:
         stock.transformer = own
     if made.name == "ltx":
@@ -109,8 +120,9 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def draw_mixture(made: Made) -> Tensor:
+    options = {"image": PICTURE} if made.name == "wan22-i2v" else {}
     return made.mixture(
-        PROMPTS, latents=made.noise.clone(), output_type="latent", return_dict=False,
+        PROMPTS, **options, latents=made.noise.clone(), output_type="latent", return_dict=False,
         generator=torch.Generator().manual_seed(3),
     )[0]  # fmt: skip
 
@@ -188,3 +200,29 @@ def test_dropped_texts_are_trained_with_the_null_prompt_of_the_pipeline(made: Ma
     rows = [row for batch in batches for row in batch.tokens]
     dropped = [row for row in rows if torch.equal(row, data.null[0])]
     assert 0 < len(dropped) < len(rows)
+
+
+@pytest.mark.parametrize("made", ["wan22-i2v"], indirect=True)
+def test_generate_begins_clips_with_the_picture(made: Made, tmp_path: Path) -> None:
+    PICTURE.save(tmp_path / "first.png")
+    latent = made.manifest.latent
+    options: dict[str, Any] = {"seed": 3, "output_type": "latent", "return_dict": False}
+    picture = read_picture(tmp_path / "first.png", latent.pixel_width, latent.pixel_height)
+    with_picture, without = (made.mixture(PROMPTS, image=image, **options)[0] for image in (picture, None))
+    own = made.mixture.encode_first_frames(made.mixture.video_processor.preprocess(picture))
+    assert torch.equal(with_picture[:, :, :1], own.expand(2, -1, -1, -1, -1))
+    assert apart(with_picture[:, :, 1:], without[:, :, 1:]) > 0.01
+    frames = made.mixture.decode_latents(with_picture)
+    clips = [clip.frames for clip in MixtureLoader(made.folder / "mixture").generate(PROMPTS, seed=3, image=picture)]
+    assert max(abs(clip / 255 - expected).max() for clip, expected in zip(clips, frames, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize("made", ["wan21"], indirect=True)
+def test_mixture_of_text_alone_refuses_pictures(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="its experts were not trained with first frames"):
+        made.mixture(PROMPTS, image=PICTURE)
+    with pytest.raises(UsageError, match="were not trained with first frames; leave --image out"):
+        next(MixtureLoader(made.folder / "mixture").generate(PROMPTS, image=PICTURE))
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(UsageError, match=r"cannot read .*x.png as a picture: .*; give a PNG or JPEG file"):
+        read_picture(tmp_path / "x.png", 32, 32)

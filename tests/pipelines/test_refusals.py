@@ -105,7 +105,7 @@ def test_pipeline_that_cannot_be_used_is_refused_before_clips_are_read(
     ("name", "says"),
     [
         ("wan22-a14b", "has two transformers, one for high and one for low noise"),
-        ("wan21-i2v", "is a WanImageToVideoPipeline, which is not supported: it starts from a first frame"),
+        ("wan21-i2v", "is a WanImageToVideoPipeline that takes its first frame in channels of its own, which is not supported"),
     ],
 )
 def test_pipelines_for_other_tasks_are_refused(name: str, says: str, tmp_path: Path) -> None:

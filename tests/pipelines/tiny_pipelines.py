@@ -96,14 +96,14 @@ def _wan_a14b() -> Any:
     return _wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
 
 
-def _wan_ti2v() -> Any:
+def _wan_ti2v(kind: Any = diffusers.WanPipeline, **more: Any) -> Any:
     vae = _wan_vae(
         z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, decoder_base_dim=4, scale_factor_spatial=16,
         latents_mean=[0.01 * channel for channel in range(48)], latents_std=[0.5 + channel / 48 for channel in range(48)],
     )  # fmt: skip
-    return diffusers.WanPipeline(
+    return kind(
         tokenizer=_tokenizer(512), text_encoder=_t5("UMT5"), vae=vae, scheduler=_unipc(5.0),
-        transformer=_wan_transformer(in_channels=48, out_channels=48), expand_timesteps=True,
+        transformer=_wan_transformer(in_channels=48, out_channels=48), expand_timesteps=True, **more,
     )  # fmt: skip
 
 
@@ -208,6 +208,7 @@ def _mochi(invert: bool = True) -> Any:
 PIPELINES: dict[str, Callable[[], Any]] = {
     "wan21": _wan,
     "wan22-ti2v": _wan_ti2v,
+    "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
     "ltx": _ltx,
     "cogvideox-2b": lambda: _cogvideox(rotary=False),
     "cogvideox-5b": lambda: _cogvideox(rotary=True),
@@ -216,7 +217,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "skyreels-v2": _skyreels,
 }
 REFUSED: dict[str, Callable[[], Any]] = {"wan22-a14b": _wan_a14b, "wan21-i2v": _wan_i2v}
-SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "mochi": (7, 32)}
+SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32)}
 """Frames and pixels of a side of a clip; 9 and 32 of those that are not named."""
 
 

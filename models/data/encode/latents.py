@@ -58,10 +58,15 @@ class Latents(ABC):
         """Frames uint8 [N, F, H, W, 3] to latents on the CPU. Raises ConfigError if the autoencoder does not take this shape."""
         clips = torch.as_tensor(frames)
         self.shape_of(clips.shape[1], clips.shape[2], clips.shape[3])
-        raw = self._encode(clips.to(self.device).movedim(-1, 1).float() / 127.5 - 1).float()
+        return self.encode_pictures(clips.to(self.device).movedim(-1, 1).float() / 127.5 - 1).cpu()
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures [N, 3, F, H, W] in -1..1 on the autoencoder's device to latents there, in float32."""
+        raw = self._encode(pictures).float()
         if self._mean is not None and self._std is not None:
             raw = (raw - self._mean) / self._std
-        return raw.cpu()
+        return raw
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:

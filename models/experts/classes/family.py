@@ -30,6 +30,17 @@ class Asked:
     pooled: Tensor | None
     """[B, P]"""
     inputs: ExpertInputs
+    given: Tensor | None = None
+    """Rows whose first latent frame is given, bool [B]; None: there are none, and the class need not be able to take them."""
+
+    def timestep_of(self, patch: Patch) -> Tensor:
+        """The timestep as a class takes it that can be given first frames: [B], or of each patch [B, F h w], 0 in such frames."""
+        if self.given is None:
+            return self.timestep
+        grid = [size // step for size, step in zip(self.latents.shape[2:], patch, strict=True)]
+        each = self.timestep.view(-1, 1, 1, 1).repeat(1, *grid)
+        each[:, 0] = each[:, 0] * ~self.given.view(-1, 1, 1)
+        return each.flatten(1)
 
     @property
     def mask(self) -> Tensor:
@@ -54,6 +65,8 @@ class StockCall:
     """Fields of ExpertInputs as this pipeline gives them."""
     pack: Callable[[Tensor], Tensor]
     """Turns a prediction [B, C, F, H, W] into what `forward` returns."""
+    given: bool = False
+    """Whether the first latent frame of all rows is given."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Family:
     packed: bool = False
     """Whether in_channels counts a whole patch."""
     text_tokens: str | None = None
+    takes_first_frame: bool = False
+    """Whether it takes a timestep of each patch, and so a first frame at time 0."""
     on_meta: bool = True
     """Whether its forward pass can be rehearsed on the meta device."""
     inputs: ExpertInputs = ExpertInputs()

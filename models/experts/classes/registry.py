@@ -10,7 +10,7 @@ from lutetia.models.experts.classes.hunyuan_video import HUNYUAN_VIDEO
 from lutetia.models.experts.classes.ltx import LTX
 from lutetia.models.experts.classes.mochi import MOCHI
 from lutetia.models.experts.classes.others import ALLEGRO, COSMOS, EASY_ANIMATE, LATTE, SANA_VIDEO
-from lutetia.models.experts.classes.wan import WAN
+from lutetia.models.experts.classes.wan import LIKE_WAN, WAN
 from lutetia.system.errors import ConfigError
 
 FAMILIES: Mapping[str, Family] = {
@@ -19,8 +19,8 @@ FAMILIES: Mapping[str, Family] = {
     "LTXVideoTransformer3DModel": LTX,
     "CogVideoXTransformer3DModel": COGVIDEOX,
     "MochiTransformer3DModel": MOCHI,
-    "SkyReelsV2Transformer3DModel": WAN,
-    "ChronoEditTransformer3DModel": WAN,
+    "SkyReelsV2Transformer3DModel": LIKE_WAN,
+    "ChronoEditTransformer3DModel": LIKE_WAN,
     "AllegroTransformer3DModel": ALLEGRO,
     "CosmosTransformer3DModel": COSMOS,
     "EasyAnimateTransformer3DModel": EASY_ANIMATE,

@@ -22,7 +22,7 @@ from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.objectives import schedule_of
 from lutetia.models.experts.trained import load_trained
-from lutetia.models.mixing.denoisers import module_denoiser
+from lutetia.models.mixing.denoisers import ExpertCall, module_denoiser
 from lutetia.models.randomness import normals, stream
 from lutetia.models.training.checkpoint_io import read_weights
 from lutetia.models.training.trainer import initial_seed
@@ -181,7 +181,7 @@ class _Site:
     def residuals(self, shard: int, model: nn.Module, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """The expert's residual at each row, flat, [elements]."""
         spec = self.manifest.expert_of(shard)
-        denoise = module_denoiser(model, spec.prediction, schedule_of(spec), lambda: spec.inputs)
+        denoise = module_denoiser(model, spec.prediction, schedule_of(spec), lambda: ExpertCall(spec.inputs))
         for part in self._batches(rows):
             latents, noise, tokens, pooled = self._taken(part)
             t = self.rows.times[part].to(self.device)

@@ -29,6 +29,8 @@ class FlowCall:
     """Fields of ExpertInputs as the pipeline gives them."""
     answer: Callable[[Tensor], Tensor]
     """Turns the velocity [B, C, F, H, W] into what the pipeline expects."""
+    given: bool = False
+    """Whether the first latent frame of all rows is given."""
 
 
 def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, Any]) -> FlowCall:
@@ -46,7 +48,7 @@ def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, A
     tokens = call.tokens if call.mask is None else call.tokens * call.mask.to(call.tokens.dtype)[..., None]
     changed = {name: value for name, value in call.changed.items() if value is not None}
     if kind is None or family is None:
-        return FlowCall(call.latents, time, tokens, call.pooled, changed, call.pack)
+        return FlowCall(call.latents, time, tokens, call.pooled, changed, call.pack, call.given)
     inputs, schedule = kind.inputs or family.inputs, schedule_of(kind)
     if inputs.reversed:
         time = 1 - time
@@ -61,7 +63,7 @@ def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, A
         out = sign * from_velocity(kind.prediction, schedule, flow, latents, time)
         return call.pack(out.to(call.latents.dtype))
 
-    return FlowCall(latents, time, tokens, call.pooled, changed, answer)
+    return FlowCall(latents, time, tokens, call.pooled, changed, answer, call.given)
 
 
 def exact_time(timestep: Tensor, rows: int) -> Tensor:

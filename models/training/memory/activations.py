@@ -61,12 +61,13 @@ def activations(spec: ExpertSpec, latent: LatentSpec, precision: Precision, chec
 @functools.lru_cache(maxsize=64)
 def _activations(spec: bytes, latent: bytes, precision: Precision, checkpointing: bool) -> KeptBytes:
     expert, shape = ExpertSpec.model_validate_json(spec), LatentSpec.model_validate_json(latent)
+    first_frame = expert.first_frame is not None
     _forget_cached_tensors()
     try:
         with FakeTensorMode():
             model = _fake(build_meta(expert)).train()
-            one, block = _kept(model, shape, 1, precision, checkpointing)
-            two, _ = _kept(model, shape, 2, precision, checkpointing)
+            one, block = _kept(model, shape, 1, precision, checkpointing, first_frame)
+            two, _ = _kept(model, shape, 2, precision, checkpointing, first_frame)
     except DynamicOutputShapeException:
         return _by_formula(expert, shape, precision, checkpointing)
     finally:
@@ -111,7 +112,9 @@ def _fake(model: nn.Module) -> nn.Module:
     return model
 
 
-def _kept(model: nn.Module, latent: LatentSpec, rows: int, precision: Precision, checkpointing: bool) -> tuple[int, int]:
+def _kept(
+    model: nn.Module, latent: LatentSpec, rows: int, precision: Precision, checkpointing: bool, first_frame: bool
+) -> tuple[int, int]:
     """(bytes that a forward pass of `rows` rows keeps, the most that one block keeps)."""
     if checkpointing:
         cast(ModelMixin, model).enable_gradient_checkpointing()
@@ -131,9 +134,10 @@ def _kept(model: nn.Module, latent: LatentSpec, rows: int, precision: Precision,
     autocast = nullcontext() if precision == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
     x = torch.empty(rows, *latent.shape)
     text, pooled = torch.empty(rows, latent.text_tokens, latent.text_width), torch.empty(rows, latent.pooled_width)
+    given = torch.zeros(rows, dtype=torch.bool) if first_frame else None
     with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # about speed; nothing is computed here
-        call_expert(model, x, torch.empty(rows), text, pooled)
+        call_expert(model, x, torch.empty(rows), text, pooled, given=given)
     for handle in handles:
         handle.remove()
     if checkpointing:

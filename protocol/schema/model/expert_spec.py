@@ -32,3 +32,8 @@ class ExpertSpec(WireDocument):
     )
     inputs: ExpertInputs | None = added(None, "What the expert is given besides noisy latents and text; null: as its class needs")
     adapter: AdapterSpec | None = added(None, "The adapter that is trained on a frozen base; null: the network is trained whole")
+
+    @property
+    def first_frame(self) -> float | None:
+        """Share of samples that are trained with their first frame given; None: the expert takes no first frames."""
+        return self.inputs.first_frame if self.inputs else None

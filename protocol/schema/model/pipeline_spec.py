@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from lutetia.protocol.schema.canonical import WireDocument, bounded_json
-from lutetia.protocol.schema.fields import Positive, Rate
+from lutetia.protocol.schema.fields import Positive, Rate, Share, added
 
 _LARGEST_SETTING = 1e9
 
@@ -53,6 +53,11 @@ class ExpertInputs(WireDocument):
     )
     fps: Positive | None = Field(default=None, description="Frames per second that the expert is told; null: none")
     reversed: bool = Field(default=False, description="Whether its time runs from noise (0) to data (1), and its velocity too")
+    first_frame: Share | None = added(
+        None,
+        "Share of samples that are trained with their first latent frame given, clean and at time 0, as Wan 2.2 TI2V takes a "
+        "picture; null: none, and no pictures",
+    )
 
 
 class TextRecipe(WireDocument):
