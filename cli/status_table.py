@@ -135,10 +135,12 @@ def _shard_row(
 
     owner, epoch = peers.get(shard.owner or ""), f"{shard.epoch}/{shard.epochs}"
     state = "stalled" if stalled else shard.state
+    there = [lane.state for lane in shard.lanes if lane.state in ("gathered", "merging")]
+    lanes = f", {len(there)} {'merging' if 'merging' in there else 'gathered'}" if there else ""
     return {
         "EXPERT": f"{shard.shard:03d}",
         "CLUSTER": shard.name,
-        "NODE": short_peer(owner.peer_id) if owner else short(shard.owner),
+        "NODE": f"{len(shard.lanes)} lanes" if shard.lanes else short_peer(owner.peer_id) if owner else short(shard.owner),
         "EPOCH": f"{bar(shard.epoch / shard.epochs, 8)} {epoch}" if with_bar else epoch,
         "SAMPLES": f"{thousands(shard.samples)}/{thousands(shard.samples_budget)}",
         "HELD OUT": number(shard.holdout_loss),
@@ -146,7 +148,7 @@ def _shard_row(
         "COPIES": "-" if shard.copies is None else str(shard.copies),
         "AGE": ago(now - shard.last_accepted) if shard.last_accepted else "-",
         "LEASE": ago(shard.claim_expires - now) if shard.claim_expires else "-",
-        "STATE": Text(state, style=_STATE_STYLE.get(state, "")),
+        "STATE": Text(state + lanes, style=_STATE_STYLE.get(state, "")),
     }
 
 

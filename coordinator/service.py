@@ -351,7 +351,9 @@ class Service:
 
     def _view(self, now: float) -> LiveView:
         """The swarm, with what lent checks wait for."""
-        view = self.swarm_monitor.view
+        view, merging = self.swarm_monitor.view, self.judge_loop.state.merging
+        if merging:
+            view = replace(view, merging=frozenset(name for running in merging.values() for name in running.sources))
         return replace(view, lent=self.lender.held_up(now)) if self.lender else view
 
     def _nodes(self) -> list[NodeRecord]:

@@ -162,14 +162,15 @@ def _left_to_peers(transition: JudgeTransition, audit: PendingAudit) -> bool:
 
     At the end of the run the coordinator waits for no peer.
     """
-    run = transition.run
-    if run.budgets_done or holds_up_a_proof(run, audit, strangers=True) or is_waited_for(transition.rules, run, audit):
-        return False
-    lent = transition.state.lent.get(audit.checkpoint)
+    run, lent = transition.run, transition.state.lent.get(audit.checkpoint)
     if lent:
-        return transition.now < lent.until
-    wait_until = min(transition.state.asked, audit.since) + transition.rules.audit_wait
-    return audit.reported is None and not audit.attempts and transition.now < wait_until
+        left = transition.now < lent.until
+    else:
+        wait_until = min(transition.state.asked, audit.since) + transition.rules.audit_wait
+        left = audit.reported is None and not audit.attempts and transition.now < wait_until
+    return left and not (
+        run.budgets_done or holds_up_a_proof(run, audit, strangers=True) or is_waited_for(transition.rules, run, audit)
+    )
 
 
 def audit_job(transition: JudgeTransition, audit: PendingAudit, process: ReplayProcess = "audit") -> StartAudit:

@@ -40,6 +40,8 @@ def next_for_proof(run: RunState, state: JudgeState, doubted: WaitingResult, now
 def holds_up_a_proof(run: RunState, audit: PendingAudit, strangers: bool = False) -> bool:
     """Whether the proof of a result of a known author, or also of `strangers`, waits for this audit."""
     candidates = run.shards[audit.shard].candidates.values()
+    if not candidates:
+        return False
     doubted = [one for one in candidates if one.doubt and (strangers or _known(one))]
     return any(audit in awaited_audits(run, one) for one in doubted)
 

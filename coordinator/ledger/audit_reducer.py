@@ -243,7 +243,7 @@ def apply_lanes_merged(state: RunState, event: LanesMerged) -> Changes:
     link = AcceptedEpoch(given, event.time, state.budgets, event.trace, sources=sources)
     shard = shard.updated(
         epoch=given.epoch, acceptance=given, accepted_at=event.time, lineage=(*shard.lineage[-HISTORY + 1 :], link),
-        gathered={}, judged={}, refuted=0, refuted_at=0.0,
+        gathered={}, judged={}, refuted=0, refuted_at=0.0, refused_merge=shard.refused_merge if len(sources) == 1 else None,
     )  # fmt: skip
     return {
         "shards": state.shards.set(given.shard, shard), "spent": add_costs(state, event.costs),

@@ -107,7 +107,8 @@ def _changes(state: RunState, event: Event) -> Changes:
         case LanesMerged():
             return apply_lanes_merged(state, event)
         case MergeRefused():
-            return {"spent": add_costs(state, event.costs)}
+            shard = shard_of(state, event.shard).updated(refused_merge=event)
+            return {"shards": state.shards.set(event.shard, shard), "spent": add_costs(state, event.costs)}
         case ResultSeen():
             return _seen(state, event)
         case ResultRefused():

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple, TypedDict, Unpack
 from lutetia.coordinator.credit.accounts import PeerCredit
 from lutetia.coordinator.ledger.events import (
     CheckerRefuted,
+    MergeRefused,
     MixtureStitched,
     Outcome,
     PeerQuarantined,
@@ -141,6 +142,7 @@ class ShardChanges(TypedDict, total=False):
     candidates: Mapping[str, WaitingResult]
     judged: Judged
     gathered: Mapping[int, AcceptedEpoch]
+    refused_merge: MergeRefused | None
     refuted: int
     refuted_at: float
 
@@ -168,6 +170,8 @@ class ShardLedger:
     """Final verdicts on results for the epoch after `epoch`; refusals only those under the newest manifest."""
     gathered: Mapping[int, AcceptedEpoch] = field(default_factory=dict)
     """By lane: accepted results for the epoch after `epoch`, which wait for their merge."""
+    refused_merge: MergeRefused | None = None
+    """The last merge of its lanes that failed a check, until several are merged again."""
     refuted: int = 0
     """How often a replay did not confirm a result for that epoch which had failed a loss check."""
     refuted_at: float = 0.0

@@ -21,7 +21,7 @@ STALLED_AUDIT_TRIES = 2
 """An audit that ended so often without a verdict counts as stalled."""
 STALLED_AUDIT_TENURES = 6
 """An audit that has been due for so many tenures counts as stalled."""
-SHARDS_EXPLAINED, LINEAGES_EXPLAINED, AUDITS_EXPLAINED, NODES_EXPLAINED = 24, 8, 8, 16
+SHARDS_EXPLAINED, LINEAGES_EXPLAINED, MERGES_EXPLAINED, AUDITS_EXPLAINED, NODES_EXPLAINED = 24, 8, 2, 8, 16
 """The document has room for so many of each."""
 _REMEDIES: dict[CheckName, str] = {
     "transfer": "Its author's uploads do not arrive: see the log on both sides, or let another node take the shard.",
@@ -83,7 +83,7 @@ def _refused(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     refusals = [verdict for verdict in shard.judged.values() if isinstance(verdict, ResultRefused) and _says_something(verdict)]
     owners = {verdict.owner for verdict in refusals}
     known = any(owner == facts.holder or state.peer(owner).accepted for owner in owners)
-    if not refusals or not (known or len(owners) > 1) or _under_check(shard):
+    if not refusals or not (known or len(owners) > 1) or _under_check(shard) or shard.gathered:
         return None
     last, peers = refusals[-1], "peer" if len(owners) == 1 else f"{len(owners)} peers"
     results = f"{len(refusals)} result{'s' if len(refusals) > 1 else ''} of {'a ' if len(owners) == 1 else ''}{peers}"
@@ -249,11 +249,12 @@ def suspected_lineages(state: RunState) -> Iterator[StallStatus]:
 
 def explained(
     ledger: Iterable[StallStatus], shards: Iterable[StallStatus], lineages: Iterable[StallStatus],
-    audits: Iterable[StallStatus], nodes: Iterable[StallStatus],
+    merges: Iterable[StallStatus], audits: Iterable[StallStatus], nodes: Iterable[StallStatus],
 ) -> list[StallStatus]:  # fmt: skip
     """Those that the document has room for: the oldest of each kind."""
     kinds = (
-        (ledger, 1), (shards, SHARDS_EXPLAINED), (lineages, LINEAGES_EXPLAINED), (audits, AUDITS_EXPLAINED),
+        (ledger, 1), (shards, SHARDS_EXPLAINED), (lineages, LINEAGES_EXPLAINED),
+        (merges, MERGES_EXPLAINED), (audits, AUDITS_EXPLAINED),
         (nodes, NODES_EXPLAINED),
     )  # fmt: skip
     return [stall for stalls, most in kinds for stall in sorted(stalls, key=lambda stall: stall.since)[:most]]

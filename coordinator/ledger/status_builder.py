@@ -7,11 +7,12 @@ Invariant I6: a peer is `working` only while its own work is accepted in time. A
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
+from lutetia.coordinator.ledger.lanes.status import LANES_FOR_A_NODE, LANES_SHOWN, lane_statuses, merge_stalls
 from lutetia.coordinator.ledger.run_state import Pace, RunState
 from lutetia.coordinator.ledger.stalls import (
     ShardFacts,
@@ -23,7 +24,7 @@ from lutetia.coordinator.ledger.stalls import (
     shard_stall,
     suspected_lineages,
 )
-from lutetia.protocol.claims import LiveClaim
+from lutetia.protocol.claims import LiveClaim, slot_of
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
@@ -79,6 +80,8 @@ class LiveView:
     """By shard: since when no peer has claimed it, in Unix seconds."""
     at_work: Mapping[int, frozenset[int]] | None = None
     """By shard: the lanes at which nodes work; None: not known, or the run has no lanes."""
+    merging: frozenset[str] = frozenset()
+    """Digests of the results that are being merged."""
     lent: Mapping[int, str] = field(default_factory=dict)
     """By shard: what a check of it that is lent to nodes waits for."""
 
@@ -105,17 +108,21 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     barred = state.quarantined.keys() | banned
     for claim in live.claims:
         if claim.expires > now and claim.record.shard in state.shards and claim.record.owner not in barred:
-            claims[claim.record.shard].append(claim)
-    held = {index: _held_claim(state, manifest, index, claims[index], live, now) for index in sorted(claims)}
+            claims[slot_of(claim.record.shard, claim.record.lane)].append(claim)
+    held: dict[int, list[Sighting[ClaimRecord]]] = defaultdict(list)
     holders: dict[str, list[Sighting[ClaimRecord]]] = defaultdict(list)
-    for claim in held.values():
-        if claim:
+    for slot in sorted(claims):
+        if claim := _held_claim(state, manifest, slot, claims[slot], live, now):
+            held[claim.record.shard].append(claim)
             holders[claim.record.owner].append(claim)
     online = [
         node for node in live.nodes if node.expires > now and node.record.state != "left" and node.record.owner not in banned
     ]
-    nodes = shown_nodes(state, online, holders)
-    shards = tuple(_shard_status(state, manifest, index, held.get(index), live, now) for index in range(len(state.shards)))
+    shards = tuple(_shard_status(state, manifest, index, held.get(index, ()), live, now) for index in range(len(state.shards)))
+    if manifest.team:
+        shards = tuple(_with_lanes(state, shards, held, live.merging))
+    most = NODES_SHOWN - -(-sum(len(shard.lanes) for shard in shards) // LANES_FOR_A_NODE)
+    nodes = shown_nodes(state, online, holders, most)
     shown = tuple(
         _node_status(state, manifest, node, holders.get(node.record.owner, []), live.connections, now) for node in nodes
     )
@@ -158,7 +165,12 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
         audits_due=len(state.audits),
         stalls=tuple(
             explained(
-                dropped_snapshot(state), stalled, suspected_lineages(state), audit_stalls(state, manifest, now), stalled_nodes
+                dropped_snapshot(state),
+                stalled,
+                suspected_lineages(state),
+                merge_stalls(state),
+                audit_stalls(state, manifest, now),
+                stalled_nodes,
             )
         ),
         stalled_shards=tuple(stall.shard for stall in stalled if stall.shard is not None),
@@ -191,11 +203,11 @@ def shown_nodes(
 
 
 def _held_claim(
-    state: RunState, manifest: Manifest, shard: int, claims: list[Sighting[ClaimRecord]], live: LiveView, now: float
+    state: RunState, manifest: Manifest, slot: int, claims: list[Sighting[ClaimRecord]], live: LiveView, now: float
 ) -> Sighting[ClaimRecord] | None:
-    """The claim of the peer that holds the shard, by the rule that every node applies."""
-    view = state.shard_view(shard).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
-    seen = live.histories.get(shard, {})
+    """The claim of the peer that holds the slot, by the rule that every node applies."""
+    view = state.slot_view(slot).with_claims(LiveClaim(claim.record, claim.expires) for claim in claims)
+    seen = live.histories.get(slot, {})
     holder = current_holder(state.run, view, seen, _tenure(manifest), manifest.checkpoint_samples, now)
     return next((claim for claim in claims if claim.record.owner == holder), None)
 
@@ -210,11 +222,12 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
 
 
 def _shard_status(
-    state: RunState, manifest: Manifest, index: int, claim: Sighting[ClaimRecord] | None, live: LiveView, now: float
+    state: RunState, manifest: Manifest, index: int, held: Sequence[Sighting[ClaimRecord]], live: LiveView, now: float
 ) -> ShardStatus:
-    shard = state.shards[index]
-    covered, patience = _due(state, manifest, claim) if claim else (None, None)
-    due = None if manifest.orders.paused else max((when for when in (covered, patience) if when is not None), default=None)
+    """`held`: the claims that hold the shard, or its lanes in their order. A shard with lanes is late when all of them are."""
+    shard, claim = state.shards[index], held[0] if held else None
+    dues = (when for each in held for when in _due(state, manifest, each) if when is not None)
+    due = None if manifest.orders.paused else max(dues, default=None)
     done = shard.epoch >= state.epochs
     return ShardStatus(
         shard=index,
@@ -238,6 +251,19 @@ def _shard_status(
     )
 
 
+def _with_lanes(
+    state: RunState, shards: Iterable[ShardStatus], held: Mapping[int, Sequence[Sighting[ClaimRecord]]], merging: Collection[str]
+) -> Iterator[ShardStatus]:
+    """The shards with their lanes, as far as the document has room for them."""
+    room = LANES_SHOWN
+    for shard in shards:
+        index = shard.shard
+        holders = {claim.record.lane: (claim.record.owner, claim.record.state) for claim in held.get(index, ())}
+        lanes = lane_statuses(state.shards[index], holders, merging)[:room]
+        room -= len(lanes)
+        yield shard.model_copy(update={"lanes": lanes})
+
+
 def _stalled_shards(
     state: RunState, manifest: Manifest, shards: Sequence[ShardStatus], live: LiveView, standbys: int, now: float
 ) -> list[StallStatus]:
@@ -256,11 +282,11 @@ def _stalled_shards(
 
 
 def _overdue_since(
-    state: RunState, manifest: Manifest, held: Mapping[int, Sighting[ClaimRecord] | None], shard: int | None
+    state: RunState, manifest: Manifest, held: Mapping[int, Sequence[Sighting[ClaimRecord]]], shard: int | None
 ) -> float | None:
     """When the next acceptance of the shard's holder was due, in Unix seconds; None without a holder."""
-    claim = held.get(shard) if shard is not None else None
-    return max(moment for moment in _due(state, manifest, claim) if moment is not None) if claim else None
+    claims = held.get(shard, ()) if shard is not None else ()
+    return max((moment for claim in claims for moment in _due(state, manifest, claim) if moment is not None), default=None)
 
 
 def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | None, now: float) -> ShardState:

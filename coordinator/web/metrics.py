@@ -139,6 +139,11 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
     tally = Tally(shard.state for shard in status.shards)
     for state in ("unclaimed", "claimed", "training", "overdue", "done"):
         states.add_metric([state], tally[state])
+    lanes = GaugeMetricFamily("lutetia_lanes", "Lanes of a run with lanes, by state.", labels=["state"])
+    tally_of_lanes = Tally(lane.state for shard in status.shards for lane in shard.lanes)
+    for state, count in sorted(tally_of_lanes.items()):
+        lanes.add_metric([state], count)
+    yield lanes
     for shard in status.shards:
         label = [str(shard.shard)]
         epochs.add_metric(label, shard.epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 
 from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
 from lutetia.system.errors import plain
@@ -54,14 +55,21 @@ def _shards(status: SwarmStatus) -> str:
 def _shard(shard: ShardStatus, now: float, stalled: bool) -> str:
     share = 100 * shard.epoch / shard.epochs
     state = "stalled" if stalled else shard.state
+    lanes = f" · {lanes_text(shard)}" if shard.lanes else ""
     loss = "–" if shard.holdout_loss is None else f"{shard.holdout_loss:.4f}"
     return (
         f"<tr><td>{shard.shard:03d}</td><td>{_text(shard.name)}</td><td class=n>{shard.epoch}/{shard.epochs}</td>"
         f'<td><div class=bar><i style="width:{share:.0f}%"></i></div></td><td class=n>{loss}</td>'
         f"<td class=n>{_ago(shard.last_accepted, now)}</td>"
         f"<td class=n>{'–' if shard.copies is None else shard.copies}</td><td class=soft>{_text(shard.audit or '–')}</td>"
-        f"<td class={state}>{_text(state)}</td></tr>"
+        f"<td class={state}>{_text(state)}{lanes}</td></tr>"
     )
+
+
+def lanes_text(shard: ShardStatus) -> str:
+    """How many lanes are worked at and how many results wait for the merge."""
+    count = Counter(lane.state for lane in shard.lanes)
+    return f"{len(shard.lanes)} lanes, {count['gathered']} gathered, {count['merging']} merging"
 
 
 def _stalls(status: SwarmStatus) -> str:

@@ -94,13 +94,19 @@ class NodeRules:
 
     def slot_fitness(self, fitness: Mapping[int, float], rate: float) -> Mapping[int, float]:
         """Slot -> fitness, from that of its shard and the node's samples per second."""
-        if self.team is None:
+        if (team := self.team) is None:
             return fitness
-        return {
-            slot_of(shard, lane): lane_fitness(value, self.team.share(lane), rate, self.interval, self.team.deadline)
-            for shard, value in fitness.items()
-            for lane in range(self.team.lanes)
+        of_lane = [team.share(lane) for lane in range(team.lanes)]
+        found = {
+            (value, share): lane_fitness(value, share, rate, self.interval, team.deadline)
+            for value in set(fitness.values())
+            for share in set(of_lane)
         }
+        return {
+            slot_of(shard, lane): found[value, share]
+            for shard, value in fitness.items()
+            for lane, share in enumerate(of_lane)
+        }  # fmt: skip
 
     @property
     def slowest_rate(self) -> float:

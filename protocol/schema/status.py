@@ -8,6 +8,7 @@ from pydantic import AliasChoices, ConfigDict, Field, computed_field
 
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.fields import (
+    MOST_LANES,
     MOST_SHARDS,
     Count,
     Digest,
@@ -15,6 +16,7 @@ from lutetia.protocol.schema.fields import (
     EpochNumber,
     EpochsByShard,
     Explanation,
+    LaneIndex,
     MeasuredLoss,
     Moment,
     OpenWord,
@@ -52,7 +54,8 @@ class StallStatus(TolerantDocument):
     """What does not go on or is in question, and what to do."""
 
     kind: OpenWord = Field(
-        description="What it is: a shard, a lineage that stands on an invalid epoch, an audit, a node, or the run's ledger"
+        description="What it is: a shard, a lineage that stands on an invalid epoch, a merge of lanes, an audit, a node, or the "
+        "run's ledger"
     )
     shard: ShardIndex | None = Field(default=None, description="Index of the shard, also of an audit's; null: a node without one")
     epoch: EpochNumber | None = Field(default=None, description="The accepted epoch that an audit is to replay, or found invalid")
@@ -60,6 +63,16 @@ class StallStatus(TolerantDocument):
     since: Moment = Field(description="Since when, in Unix seconds")
     why: Explanation = Field(description="What holds it up, for people")
     remedy: Explanation = Field(description="What to do, for people")
+
+
+class LaneStatus(TolerantDocument):
+    """One lane of a shard at which a node works, or of which the result is there."""
+
+    lane: LaneIndex = Field(description="Number of the lane")
+    owner: PublicKey = Field(description="Public key of the node that trains it, or that trained its result")
+    state: OpenWord = Field(
+        description="claimed, training, gathered (its result is accepted and waits for the merge), or merging"
+    )
 
 
 class ShardStatus(TolerantDocument):
@@ -84,6 +97,9 @@ class ShardStatus(TolerantDocument):
     term: EpochCount = Field(default=0, description="How often it was rolled back")
     copies: Tally | None = Field(
         default=None, description="Live peers besides coordinators that say they hold the accepted checkpoint; null: not counted"
+    )
+    lanes: tuple[LaneStatus, ...] = added(
+        (), "In a run with lanes: those at which nodes work or whose results are there", max_length=MOST_LANES
     )
 
 

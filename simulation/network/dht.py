@@ -16,7 +16,16 @@ from lutetia.protocol.claims import LiveClaim, ShardView, latest_acceptance, sha
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
-from lutetia.protocol.schema.records import RecordLimits, RecordRefused, ResetRecord, acceptance_key, check_times, claim_key, seal
+from lutetia.protocol.schema.records import (
+    AcceptanceRecord,
+    RecordLimits,
+    RecordRefused,
+    ResetRecord,
+    acceptance_key,
+    check_times,
+    claim_key,
+    seal,
+)
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import EventQueue
 from lutetia.simulation.network.links import Links, SimulatedPeer
@@ -61,6 +70,9 @@ class SimulatedDht:
         self._slots = {key: (slot,) for slot, key in self.claim_keys.items()}
         self._slots |= {key: tuple(slots[shard::shards]) for shard, key in enumerate(self.acceptance_keys)}
         self._views: dict[int, dict[int, ShardView]] = {}
+        self._given: dict[str, dict[int, AcceptanceRecord | ResetRecord | None]] = {}
+        """By key and group, as the views have them: the lanes of a shard share what is accepted of it."""
+        self._shares_given = manifest.team is not None
         self._views_version = (0, 0)
         self._ring_version = 0
         self._clock = 0.0
@@ -164,6 +176,7 @@ class SimulatedDht:
                 for other in [name for name, held in mine.items() if held.expires < now - 120]:
                     del mine[other]
             mine[owner] = stored
+            self._given.pop(key, None)
             for slot in self._slots.get(key, ()):
                 for known in self._views.values():
                     known.pop(slot, None)
@@ -213,6 +226,7 @@ class SimulatedDht:
         version = (self._ring_version, self._links.version)
         if version != self._views_version:
             self._views.clear()
+            self._given.clear()
             self._views_version = version
         known = self._views.setdefault(self._links.group(source.index), {})
         for shard in shards:
@@ -228,10 +242,20 @@ class SimulatedDht:
     def _view(self, source: SimulatedReplica, shard: int, *, own: bool = True) -> ShardView:
         claims = self.read(source, self.claim_keys[shard], own=own)
         live = tuple([LiveClaim(claims[owner].record, claims[owner].expires) for owner in sorted(claims)])
-        given = latest_acceptance(stored.record for stored in self.read(source, self._given_keys[shard], own=own).values())
+        given = self._newest(source, self._given_keys[shard], own)
         if isinstance(given, ResetRecord):
             return ShardView(shard, live, None, given.term)
         return ShardView(shard, live, given)
+
+    def _newest(self, source: SimulatedReplica, key: str, own: bool) -> AcceptanceRecord | ResetRecord | None:
+        shared = None if own or not self._shares_given else self._given.setdefault(key, {})
+        group = self._links.group(source.index)
+        if shared is not None and group in shared:
+            return shared[group]
+        newest = latest_acceptance(stored.record for stored in self.read(source, key, own=own).values())
+        if shared is not None:
+            shared[group] = newest
+        return newest
 
     def writers(self, source: SimulatedReplica, shard: int) -> list[int]:
         """The trace entries that wrote what `source` sees of the shard."""

@@ -14,6 +14,8 @@ from lutetia.coordinator.ledger.events import (
     BaselineMeasured,
     CheckpointAccepted,
     Event,
+    LaneAccepted,
+    LanesMerged,
     LineageRolledBack,
     MixtureStitched,
     PeerPardoned,
@@ -93,7 +95,8 @@ class History:
     def restored(self) -> History:
         """This history as read from a snapshot, with the points of its authors."""
         for point in sorted((point for shard in self.shards.values() for point in shard.accepted), key=lambda point: point.event):
-            _keep(self.author(point.author).points, point)
+            if point.author in self.authors:  # not a coordinator, which merged it
+                _keep(self.author(point.author).points, point)
         return self
 
     def shard(self, index: int) -> ShardHistory:
@@ -112,6 +115,15 @@ class History:
                 self.shard(event.shard).initial_loss = event.loss
             case CheckpointAccepted():
                 self._accept(number, event.time, event.acceptance, event.parent_loss, event.note)
+            case LaneAccepted(acceptance=given):
+                author = self.author(given.author)
+                author.samples, author.accepted, author.last_accepted = (
+                    author.samples + event.samples,
+                    author.accepted + 1,
+                    event.time,
+                )
+            case LanesMerged():
+                self._accept(number, event.time, event.acceptance, event.parent_loss, "", credited=False)
             case AcceptanceRecovered():
                 self._accept(number, event.time, event.acceptance, None, "")
             case LineageRolledBack():
@@ -143,7 +155,10 @@ class History:
             case _:
                 pass
 
-    def _accept(self, number: int, time: float, given: AcceptanceRecord, parent_loss: float | None, note: str) -> None:
+    def _accept(
+        self, number: int, time: float, given: AcceptanceRecord, parent_loss: float | None, note: str, *, credited: bool = True
+    ) -> None:
+        """`credited`: its author trained it. Those of merged lanes were credited before."""
         done = given.samples - self._before.get((given.shard, given.epoch - 1), 0) if given.epoch > 1 else given.samples
         point = AcceptedPoint(
             event=number, time=time, shard=given.shard, epoch=given.epoch, samples=given.samples, trained=max(done, 0),
@@ -155,6 +170,8 @@ class History:
         self.trained += point.trained
         self.shard(given.shard).accepted.append(point)
         self._work(point, 1)
+        if not credited:
+            return
         author = self.author(given.author)
         author.samples, author.accepted, author.last_accepted = author.samples + point.trained, author.accepted + 1, time
         _keep(author.points, point)
@@ -171,10 +188,12 @@ class History:
             accepted[place] = void = point.model_copy(update={"void": True, "void_event": number})
             self.voids.append((number, point.event))
             self._work(point, -1)
+            self._before.pop((index, point.epoch), None)
+            if point.author not in self.authors:
+                continue  # merged lanes, whose authors keep their credit
             author = self.author(point.author)
             author.samples, author.accepted, author.void = author.samples - point.trained, author.accepted - 1, author.void + 1
             author.points[:] = [void if kept.event == void.event else kept for kept in author.points]
-            self._before.pop((index, point.epoch), None)
 
     def _work(self, point: AcceptedPoint, count: int) -> None:
         """Count the result in its hour, or with -1 no more."""

@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lutetia.coordinator.acceptance.messages import LedgerFacts
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import LedgerFacts, Merged, StartMerge
 from lutetia.coordinator.ledger.events import ManifestPublished
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, allowance, status
 from lutetia.coordinator.runtime.swarm_monitor import observed
+from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.claims import LiveClaim, rendezvous
 from lutetia.protocol.schema.canonical import canonical
+from lutetia.protocol.schema.capabilities import LANES
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.manifest_upgrade import next_version
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.owner.orders import GivenOrder, Order, with_order
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, NodeState
 from lutetia.protocol.schema.status import NodeStatus, SwarmStatus
@@ -308,3 +312,31 @@ def test_pause_does_not_make_a_peers_epochs_look_long():
     driver.now += 60.0
     accept(driver, PEERS[0])
     assert driver.state.run.peer(PEERS[0].public_key).interval == 50.0
+
+
+def test_lanes_show_who_trains_what_is_gathered_and_a_refused_merge_in_red():
+    team = TeamSpec(lanes=4, quorum=0.5, deadline=60.0)
+    driver = drive_judge(shards=1, epochs=4, team=team, needs=(LANES,))
+    run, now = driver.manifest.run_id, driver.now
+    for lane in (1, 2):
+        record = make_record(driver.manifest, PEERS[lane], text=f"{lane}", lane=lane)
+        driver.offer(record)
+        driver.verdict(record)
+    held = [claim(run, PEERS[lane], now) for lane in (0, 1, 2)]
+    held = [replace(each, record=each.record.model_copy(update={"lane": lane})) for lane, each in enumerate(held)]
+    merge = next(action for action in driver.actions if isinstance(action, StartMerge))
+    sources = tuple(source.acceptance.checkpoint for source in merge.sources)
+    view = LiveView([node(run, PEERS[0], now)], held, merging=frozenset(sources))
+    shard = status(driver.state.run, driver.manifest, view, now).shards[0]
+    lanes = [(lane.lane, lane.owner, lane.state) for lane in shard.lanes]
+    states = ("training", "merging", "merging")
+    assert lanes == [(lane, PEERS[lane].public_key, state) for lane, state in enumerate(states)]
+    assert (shard.state, shard.owner) == ("training", PEERS[0].public_key)
+    document = status(driver.state.run, driver.manifest, view, now)
+    assert document.nodes[0].health == "starting"
+    assert "3 lanes, 0 gathered, 2 merging" in render_page(document)
+    worse = Verdict("invalid", "holdout", "its held-out loss 0.60000 is worse", 0.6, 0.5)
+    driver.send(Merged(0, sources, None, worse, now))
+    red = status(driver.state.run, driver.manifest, view, now).stalls
+    assert [(stall.kind, stall.shard) for stall in red] == [("merge", 0)]
+    assert "lanes 1, 2 of epoch 1 failed the check holdout" in red[0].why

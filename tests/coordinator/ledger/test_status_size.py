@@ -9,8 +9,15 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from lutetia.cli.status_table import render_status
+from lutetia.coordinator.ledger.lanes.status import LANES_FOR_A_NODE, LANES_SHOWN
 from lutetia.coordinator.ledger.reducer import REMEMBERED_REFUSALS
-from lutetia.coordinator.ledger.stalls import AUDITS_EXPLAINED, LINEAGES_EXPLAINED, NODES_EXPLAINED, SHARDS_EXPLAINED
+from lutetia.coordinator.ledger.stalls import (
+    AUDITS_EXPLAINED,
+    LINEAGES_EXPLAINED,
+    MERGES_EXPLAINED,
+    NODES_EXPLAINED,
+    SHARDS_EXPLAINED,
+)
 from lutetia.coordinator.ledger.status_builder import NODES_SHOWN, QUARANTINED_SHOWN, LiveView, shown_nodes, status
 from lutetia.coordinator.web.metrics import metrics_text
 from lutetia.coordinator.web.page import render_page
@@ -21,6 +28,7 @@ from lutetia.protocol.schema.ledger_head import SignedHead
 from lutetia.protocol.schema.status import (
     MAX_STATUS_BYTES,
     CheckStatus,
+    LaneStatus,
     NodeStatus,
     QuarantineStatus,
     RefusalStatus,
@@ -65,11 +73,13 @@ def _largest(schema: dict[str, Any], root: dict[str, Any]) -> Any:
 
 def test_largest_run_in_the_largest_swarm_fits() -> None:
     counts: dict[type[BaseModel], int] = {
-        ShardStatus: MOST_SHARDS, NodeStatus: NODES_SHOWN, RefusalStatus: REMEMBERED_REFUSALS,
+        LaneStatus: LANES_SHOWN, NodeStatus: NODES_SHOWN - LANES_SHOWN // LANES_FOR_A_NODE, RefusalStatus: REMEMBERED_REFUSALS,
         QuarantineStatus: QUARANTINED_SHOWN, CheckStatus: 3 * len(CHECK_NAMES), RouterStatus: 1, SignedHead: 1,
-        StallStatus: SHARDS_EXPLAINED + LINEAGES_EXPLAINED + AUDITS_EXPLAINED + NODES_EXPLAINED,
+        StallStatus: SHARDS_EXPLAINED + LINEAGES_EXPLAINED + MERGES_EXPLAINED + AUDITS_EXPLAINED + NODES_EXPLAINED,
     }  # fmt: skip
-    epochs = 2 * MOST_SHARDS * len("1000000000,") + MOST_SHARDS * len("4095,")
+    lanes = len('"lanes":[],')  # of the shards whose lanes are shown
+    shards = MOST_SHARDS * (largest(ShardStatus) - largest(LaneStatus) - lanes + 1) + LANES_SHOWN * lanes
+    epochs = shards + 2 * MOST_SHARDS * len("1000000000,") + MOST_SHARDS * len("4095,")
     assert largest(SwarmStatus) + epochs + sum(count * (largest(kind) + 1) for kind, count in counts.items()) < MAX_STATUS_BYTES
 
 
