@@ -148,12 +148,18 @@ class Invariants:
         self._became_free(shard, again=True)
 
     def _idle_since(self, slot: int, since: float, *, able: bool = False) -> Node | None:
-        """A node that thinks that the slot fits it, or with `able` one that it really fits, and that was idle since then."""
+        """A node that thinks that the slot fits it, or with `able` one that it really fits, and that was idle since then.
+
+        Nobody takes work of a quarantined node, so it waits for none.
+        """
         world, skew = self._world, self._world.manifest.timing.maximum_clock_skew
+        quarantined = world.coordinators[0].state.run.quarantined
         shard = shard_and_lane(slot)[0]
         for peer in world.nodes:
             eligible = peer.eligible_since
             if eligible is None or eligible > since or not peer.answering or abs(peer.skew) > skew:
+                continue
+            if peer.machine.owner in quarantined:
                 continue
             if peer.manifest_updates.live.version < world.manifest.version or not peer.machine.fitness.get(shard, 0) > 0:
                 continue

@@ -72,7 +72,9 @@ def _with_audit(shard: ShardLedger, checkpoint: str, audit: AuditState, whole: b
     def marked(link: AcceptedEpoch) -> AcceptedEpoch:
         if link.acceptance.checkpoint == checkpoint:
             return replace(link, audit=audit, whole=whole, samples=0 if audit == "invalid" else link.samples)
-        return replace(link, sources=tuple(map(marked, link.sources))) if link.sources else link
+        if any(source.acceptance.checkpoint == checkpoint for source in link.sources):
+            return replace(link, sources=tuple(map(marked, link.sources)))
+        return link
 
     gathered = {lane: marked(link) for lane, link in shard.gathered.items()}
     return shard.updated(lineage=tuple(map(marked, shard.lineage)), gathered=gathered)

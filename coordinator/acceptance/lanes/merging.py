@@ -94,6 +94,8 @@ def start_merges(transition: JudgeTransition) -> None:
         return
     at_work = transition.state.at_work
     for index, ledger in transition.run.shards.items():
+        if not ledger.gathered:
+            continue
         merging = transition.state.merging.get(index, RunningMerge(()))
         if merging.sources or transition.now < merging.again_at:
             continue

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from lutetia.simulation.config import with_lanes
 from lutetia.simulation.runner import simulate
 from lutetia.simulation.scenarios.catalogue import NOT_SIMULATED, SCENARIOS
 
@@ -19,6 +22,14 @@ def test_scenario_keeps_every_invariant(name: str, seed: int) -> None:
     assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
     assert outcome.accepted > 0
     assert {"I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8"} <= outcome.checks.keys() | ({"I4"} if name == "alone" else set())
+
+
+@pytest.mark.parametrize("name", ["killed", "liars", "cheats"])
+def test_scenario_keeps_every_invariant_with_three_lanes(name: str) -> None:
+    scenario = SCENARIOS[name]
+    outcome = simulate(replace(scenario, config=with_lanes(scenario.config, 3)), scenario.peers, 1)
+    assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
+    assert outcome.accepted > 0
 
 
 def test_every_fault_has_a_scenario_or_a_reason() -> None:
