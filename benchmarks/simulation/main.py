@@ -1,8 +1,9 @@
-"""`python -m benchmarks simulate seeds|costs|standstill`: many seeds of every scenario, costs by size, few clips.
+"""`python -m benchmarks simulate seeds|costs|standstill|lanes`: many seeds of every scenario, costs by size, few clips, lanes.
 
 `seeds` runs every scenario from N seeds and writes a table of what was checked and violated. `costs` measures messages, bytes,
 keys, coordinator work, memory and time by the number of peers and shards, draws them (log-log) and says what breaks first.
-`standstill` runs honest nodes on 20 to 60 clips. All write into docs/results, or into --out.
+`standstill` runs honest nodes on 20 to 60 clips. `lanes` measures what lanes cost the
+coordinator. All write into docs/results, or into --out.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str]) -> None:
     costs.add_argument("--most", type=int, default=10_000, help="largest swarm that is simulated (default: 10000)")
     still = parts.add_parser("standstill", help="honest runs on few clips, under the earlier rules and today's")
     still.add_argument("--seeds", type=int, default=1000, help="how many runs under each (default: 1000)")
-    for part in (seeds, costs, still):
+    lanes = parts.add_parser("lanes", help="what lanes cost the coordinator, by their number")
+    lanes.add_argument("--lanes", type=int, nargs="+", default=[1, 4, 16, 64], help="lanes of each shard (default: 1 4 16 64)")
+    lanes.add_argument("--seconds", type=float, default=3600.0, help="virtual seconds (default: 3600)")
+    for part in (seeds, costs, still, lanes):
         part.add_argument("--out", type=Path, default=RESULTS, help=f"folder for table and picture (default: {RESULTS})")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -46,6 +50,10 @@ def main(arguments: Sequence[str]) -> None:
         from benchmarks.simulation.costs import study
 
         study(options.most, options.out)
+    elif options.part == "lanes":
+        from benchmarks.simulation.lanes import study as lanes_study
+
+        sys.exit(lanes_study(options.lanes, options.seconds, options.out))
     elif options.part == "standstill":
         from benchmarks.simulation.standstill import study as standstill
 

@@ -402,8 +402,8 @@ class RunState:
 
     def slot_view(self, slot: int) -> ShardView:
         """The same of the shard of a slot, under the number of the slot."""
-        shard, lane = shard_and_lane(slot)
-        return replace(self.shard_view(shard), shard=slot) if lane else self.shard_view(shard)
+        ledger = self.shards[shard_and_lane(slot)[0]]
+        return ShardView(slot, acceptance=ledger.acceptance, reset=ledger.term)
 
     @property
     def accepted_epochs(self) -> tuple[int, ...]:

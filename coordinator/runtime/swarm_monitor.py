@@ -94,7 +94,7 @@ class SwarmMonitor:
             self._nodes = [item for item in await self._read(node_keys(run)) if isinstance(item[0], NodeRecord)]
             self._nodes_due = now + nodes_pause(len(self._nodes), self.manifest.timing.heartbeat)
         slots = slots_of(len(shards), self.manifest.lanes)
-        if now >= self._claims_due:
+        if fresh := now >= self._claims_due:
             read = await self._read(claim_key(run, *shard_and_lane(slot)) for slot in slots)
             self._claims = [item for item in read if isinstance(item[0], ClaimRecord)]
             self._claims_due = now + claims_pause(len(slots), self.manifest.timing.heartbeat)
@@ -102,11 +102,13 @@ class SwarmMonitor:
         now = self.transport.now()
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
         view, self._since = sighted(nodes, claims, self._since, now)
-        longest_gap = LONGEST_GAP * self.manifest.timing.lease
-        histories = observed(self.view.histories, view.claims, map(self.shard_view, slots), now, longest_gap)
+        histories, at_work = self.view.histories, self.view.at_work
+        if fresh:
+            longest_gap = LONGEST_GAP * self.manifest.timing.lease
+            histories = observed(histories, view.claims, map(self.shard_view, slots), now, longest_gap)
+            at_work = lanes_at_work(self.manifest, view.claims, histories, self.shard_view, self.barred(), now)
         free = free_since(self.view.free_since, view.claims, shards, now)
         connections = await self.transport.connections()
-        at_work = lanes_at_work(self.manifest, view.claims, histories, self.shard_view, self.barred(), now)
         self.view = replace(
             view, copies=self.view.copies, histories=histories, free_since=free, connections=connections, at_work=at_work
         )  # fmt: skip

@@ -322,7 +322,7 @@ class SimulatedCoordinator:
                 if world.trace is not None:
                     world.trace.record_read(self, stored)
                 self.feed(j.Offered(stored.record, self.clock(), "poll"))
-        if self.clock() >= self._claims_due:
+        if fresh := self.clock() >= self._claims_due:
             self._views = world.dht.look(self, world.config.slots)
             self._claims_due = self.clock() + claims_pause(len(self._views), world.config.heartbeat)
             world.costs.looked(
@@ -339,13 +339,15 @@ class SimulatedCoordinator:
             self._nodes_due = now + nodes_pause(len(self._nodes), config.heartbeat)
             world.costs.listed(NODE_BUCKETS, len(self._nodes), config.replicas, world.dht.size, "watch")
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
-        histories = self.view.histories
+        histories, at_work = self.view.histories, self.view.at_work
         self.view, self._since = sighted(nodes, claims, self._since, now)
-        shards = map(self.state.run.slot_view, config.slots)
-        longest_gap = LONGEST_GAP * world.manifest.timing.lease
-        histories = observed(histories, self.view.claims, shards, now, longest_gap)
-        known = self.state.run
-        at_work = lanes_at_work(world.manifest, self.view.claims, histories, known.slot_view, known.quarantined, now)
+        if fresh:
+            known, longest_gap = self.state.run, LONGEST_GAP * world.manifest.timing.lease
+            shards = map(known.slot_view, config.slots)
+            histories = observed(histories, self.view.claims, shards, now, longest_gap)
+            at_work = lanes_at_work(
+                world.manifest, self.view.claims, histories, known.slot_view, known.quarantined, now
+            )  # fmt: skip
         self.view = replace(self.view, histories=histories, at_work=at_work)
 
     def _check_status(self) -> None:

@@ -121,7 +121,7 @@ SCENARIOS: dict[str, Scenario] = {
             _crowd,
             seconds=3600,
             peers=1000,
-            config=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0),
+            config=SimulationConfig(shards=16, epochs=500, epoch_seconds=300.0, join_within=60.0, status_every=60.0),
             ends=(advanced(0.5),),
             min_peers=16,
         ),
