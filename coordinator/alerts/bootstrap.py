@@ -13,9 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import Field
-
-from lutetia.protocol.schema.canonical import Frozen
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.base import Transport
 from lutetia.protocol.transport.dial_policy import host_of
@@ -25,14 +23,6 @@ from lutetia.system.errors import LutetiaError
 LOOK_SECONDS = 60.0
 LOOKS = 3
 """An address that did not answer so many looks in a row is down."""
-
-
-class BootstrapFault(Frozen):
-    """An address of the ticket that does not answer."""
-
-    address: str = Field(description="The multiaddr, as the ticket names it")
-    since: float = Field(description="Since when, in Unix seconds")
-    why: str = Field(description="Why, in words")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.status import StallStatus, SwarmStatus, name_of
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
 from lutetia.coordinator.alerts.causes import MOST_CAUSES, Told, causes_of, look
 from lutetia.coordinator.alerts.channels import channels_of, deliver
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.coordinator.settings import AlertSettings
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.manifest import Manifest

@@ -34,7 +34,9 @@ _SIGNING_DOMAIN = b"lutetia-snapshot-1\n"
 _LONGEST_HEADER = 4096
 _RULE_FOLDERS = ("coordinator/ledger", "coordinator/credit", "protocol/schema")
 _RULE_FILES = (
-    "coordinator/web/api/documents.py", "coordinator/web/api/history.py", "coordinator/web/api/people.py", "protocol/claims.py",
+    "coordinator/alerts/fault.py",
+    "coordinator/web/api/documents.py", "coordinator/web/api/history.py", "coordinator/web/api/people.py",
+    "protocol/claims.py",
 )  # fmt: skip
 _STATE: TypeAdapter[RunState] = TypeAdapter(RunState)
 _HISTORY: TypeAdapter[History] = TypeAdapter(History)

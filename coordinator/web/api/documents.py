@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.coordinator.web.api.people import CreditDocument
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.status import NodeStatus, PauseStatus, ShardStatus, StallStatus

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.coordinator.ledger.log import Ledger, LedgerRow
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.history import History

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lutetia.coordinator.addresses import Reach, reach_of_ticket
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.coordinator.ledger.describe import sentence
 from lutetia.coordinator.ledger.log import LedgerRow
 from lutetia.coordinator.mixtures.archive import find_description

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import expect
 
-from lutetia.coordinator.alerts.bootstrap import BootstrapFault
+from lutetia.coordinator.alerts.fault import BootstrapFault
 from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasured
 from lutetia.coordinator.web.frontend import BUILT
 from lutetia.protocol.schema.ticket import Ticket
