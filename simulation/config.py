@@ -42,6 +42,7 @@ class SimulationConfig:
         held_out_clips: fewest and most held-out clips of a shard, whose noise then decides over results (`network.held_out`);
             None: so many that it does not matter.
         team: lanes of every shard; None: one node trains an epoch.
+        lent: the coordinator lends its checks to nodes.
         signed: records are the real sealed bytes, and every replica and reader verifies them.
     """
 
@@ -78,6 +79,7 @@ class SimulationConfig:
     operators: int = 0
     held_out_clips: tuple[int, int] | None = None
     team: TeamSpec | None = None
+    lent: bool = False
 
     @property
     def lease(self) -> float:

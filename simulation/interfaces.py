@@ -14,13 +14,15 @@ from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import Event as LedgerEvent
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
+from lutetia.coordinator.lending.loans import LentCheck
 from lutetia.node.machine import messages as m
 from lutetia.node.machine.state import MachineState, NodeRules
+from lutetia.protocol.rpc.check_request import CheckReport
 from lutetia.protocol.rpc.checkpoint_offer import OfferReply
 from lutetia.protocol.rpc.manifest_sync import LiveManifest
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.protocol.schema.records import CheckpointRecord, RecordLimits
+from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord, RecordLimits
 from lutetia.protocol.schema.status import SwarmStatus
 from lutetia.simulation.config import SimulatedMachine, SimulationConfig
 from lutetia.simulation.costs import Costs
@@ -127,6 +129,15 @@ class Node(SimulatedReplica, Protocol):
     def feed(self, boot: int, kind: Callable[..., m.Event], *arguments: Any) -> None: ...
 
 
+class Lender(Protocol):
+    """Lends checks to nodes."""
+
+    records: dict[str, tuple[CheckpointRecord, AcceptanceRecord | None]]
+
+    def lend(self, asking: Node) -> LentCheck | None: ...
+    def receive(self, report: CheckReport) -> None: ...
+
+
 class Coordinator(SimulatedReplica, Protocol):
     """One coordinator process on one disk."""
 
@@ -144,6 +155,12 @@ class Coordinator(SimulatedReplica, Protocol):
     def served_manifest(self) -> ManifestHolder: ...
     def follow_folder(self) -> None: ...
     def offered(self, record: CheckpointRecord, sealed: bytes = b"", life: float = 0.0) -> OfferReply: ...
+
+    boot: int
+
+    @property
+    def lender(self) -> Lender: ...
+    def note(self, entry: LedgerEvent) -> None: ...
     def lend(self, asking: Node) -> j.LendAudit: ...
     def receive_report(self, auditor: Node, checkpoint: str, finding: AuditFinding) -> None: ...
 

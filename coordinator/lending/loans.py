@@ -38,7 +38,7 @@ class CheckLoan:
     began: float
     heard: float
     counts_until: float
-    """After this the coordinator asks another peer, too."""
+    """After this the coordinator asks another peer, too: at once where the peer let its last loan go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def lend_check(
         if gone := check.crowded_out(now):
             check = replace(check, loans={owner: loan for owner, loan in check.loans.items() if owner != gone})
             desk = desk.with_lateness(gone, 1)
-        loan = CheckLoan(id_, now, now, now + check.seconds)
+        loan = CheckLoan(id_, now, now, now if late else now + check.seconds)
     known = check.known | {asker.owner} if asker.known else check.known
     origins = check.origins | {asker.origin} if asker.origin else check.origins
     check = replace(check, loans={**check.loans, asker.owner: loan}, known=known, origins=origins)

@@ -88,6 +88,10 @@ def _audits(peer: SimulatedNode, step: Step) -> None:
     peer.auditor.policy = step.detail  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _checks(peer: SimulatedNode, step: Step) -> None:
+    peer.checker.policy = step.detail  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _copy_identity(world: SimulatedWorld, step: Step) -> None:
     """The second node runs with a copy of the first one's key."""
     first, second = (world.nodes[index] for index in step.nodes)
@@ -162,6 +166,7 @@ _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "serves corrupt bytes": _corrupt,
     "behaviour": _behaviour,
     "audits without replay": _audits,
+    "checks": _checks,
     "slow link": lambda peer, step: peer.world.links.slow.__setitem__(peer.index, step.value),
     "hides records": lambda peer, step: setattr(peer, "denies", True),
     "newer version": lambda peer, step: setattr(peer.network, "newer", True),

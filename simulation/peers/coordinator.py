@@ -50,6 +50,7 @@ from lutetia.simulation.network.blobs import SimulatedDelay, drive, merged_conte
 from lutetia.simulation.peers.announcer import OwnRecords, SimulatedRecordStore
 from lutetia.simulation.peers.auditor import replay_finding
 from lutetia.simulation.peers.check_runner import SimulatedCheckRunner
+from lutetia.simulation.peers.lent_checks import LentSimulatedCheckRunner, SimulatedLender
 from lutetia.simulation.peers.manifest_updates import ServedManifest
 from lutetia.simulation.peers.streams import shard_parcel
 
@@ -84,6 +85,7 @@ class SimulatedCoordinator:
         self.own_records = OwnRecords(self)
         self._announcer = self._make_announcer()
         self.served_manifest = ServedManifest(self)
+        self.lender = SimulatedLender(self)
 
     def __repr__(self) -> str:
         return "the coordinator" if self.index == -1 else f"coordinator {-self.index}"
@@ -181,6 +183,7 @@ class SimulatedCoordinator:
             self.boot += 1
             self.world.dht.depart(self)
             self.view, self._since, self._nodes, self._views = LiveView(), {}, [], ()
+            self.lender = SimulatedLender(self)
             self._nodes_due = self._claims_due = float("-inf")
 
     # --- judging --------------------------------------------------------------------------------------------------------
@@ -231,8 +234,7 @@ class SimulatedCoordinator:
                     work = run_transfer(record, world.manifest, SimulatedCheckRunner(self), self.clock, action.patience)
                     self._work(work, partial(j.FetchDone, record))
                 case j.StartCheck(record=record):
-                    runner = SimulatedCheckRunner(self)
-                    work = world.decide.run_checks(record, action.parent, world.manifest, runner, self.clock)
+                    work = world.decide.run_checks(record, action.parent, world.manifest, self._runner(), self.clock)
                     self._work(work, partial(j.CheckDone, record))
                 case j.StartAudit():
                     drive(world.queue, self._replay(action), partial(self._audited, self.boot, action))
@@ -287,8 +289,14 @@ class SimulatedCoordinator:
             samples=action.epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=self.identity.peer_id,
         )  # fmt: skip
         world.blobs.contents[record.digest] = content
-        runner = SimulatedCheckRunner(self)
-        return record, await world.decide.run_checks(record, action.parent, world.manifest, runner, self.clock)
+        return record, await world.decide.run_checks(record, action.parent, world.manifest, self._runner(), self.clock)
+
+    def _runner(self) -> SimulatedCheckRunner:
+        return LentSimulatedCheckRunner(self, self.lender) if self.world.config.lent else SimulatedCheckRunner(self)
+
+    def note(self, entry: Event) -> None:
+        """Write an entry that the judge did not decide on."""
+        self.feed(j.LedgerFacts((entry,), self.clock()))
 
     def _merged(self, boot: int, action: j.StartMerge, merged: tuple[CheckpointRecord, Verdict]) -> None:
         if boot == self.boot:

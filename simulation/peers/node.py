@@ -12,6 +12,7 @@ from lutetia.simulation.config import SimulatedMachine
 from lutetia.simulation.interfaces import World
 from lutetia.simulation.network.blobs import drive
 from lutetia.simulation.peers.auditor import SimulatedAuditor
+from lutetia.simulation.peers.lent_checks import SimulatedChecker
 from lutetia.simulation.peers.manifest_updates import SimulatedManifestUpdates
 from lutetia.simulation.peers.node_network import SimulatedNodeNetwork
 from lutetia.simulation.peers.streams import offer_round, sync_round
@@ -39,7 +40,7 @@ class SimulatedNode:
         self.written: set[str] = set()
         self.network = SimulatedNodeNetwork(self)
         self.trainer = SimulatedTrainer(self)
-        self.auditor = SimulatedAuditor(self)
+        self.auditor, self.checker = SimulatedAuditor(self), SimulatedChecker(self)
         self.manifest_updates = SimulatedManifestUpdates(self)
         self.holds: int | None = None
         self.eligible_since: float | None = None
@@ -87,6 +88,8 @@ class SimulatedNode:
         if self.state.phase == "joining":
             self.feed(boot, m.Joined)
             self.auditor.begin(boot)
+            if self.world.config.lent:
+                self.checker.begin(boot)
             self.manifest_updates.begin(boot)
         else:
             self.feed(boot, m.NetworkBack)

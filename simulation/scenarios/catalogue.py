@@ -9,6 +9,7 @@ from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.adversaries import ADVERSARY_SCENARIOS
 from lutetia.simulation.scenarios.few_clips import FEW_CLIP_SCENARIOS
+from lutetia.simulation.scenarios.lent import LENT_SCENARIOS
 from lutetia.simulation.scenarios.links import LINK_SCENARIOS
 from lutetia.simulation.scenarios.machines import MACHINE_SCENARIOS
 from lutetia.simulation.scenarios.scenario import Scenario, advanced, all_held, caught, completed, joins, no_double_work
@@ -145,6 +146,7 @@ SCENARIOS: dict[str, Scenario] = {
         *LINK_SCENARIOS,
         *ADVERSARY_SCENARIOS,
         *FEW_CLIP_SCENARIOS,
+        *LENT_SCENARIOS,
     )
 }
 

@@ -143,6 +143,16 @@ def test_peers_that_only_ask_hold_no_check_for_ever():
     assert key("ann") not in desk.late
 
 
+def test_whoever_was_late_is_not_counted_on():
+    desk = desk_of(CHECK).with_lateness(key("silent"), 1)
+    now = 10 * KEPT_SECONDS
+    desk = lent(desk, "silent", "ann", "ben", now=now)
+    assert refused(desk, asker("eve"), now), "two others are enough, and the late one has a loan besides"
+    desk, check, _ = take_report(desk, of("silent"), now + 1)
+    assert check is not None
+    assert check.reports, "its report counts"
+
+
 def test_loans_of_peers_that_are_gone_or_silent_go_back():
     desk = lent(desk_of(CHECK), "ann", "ben")
     kept = end_check_loans(desk, frozenset({key("ben")}), 50.0, lease=30.0)

@@ -10,7 +10,7 @@ from lutetia.simulation.config import with_lanes
 from lutetia.simulation.runner import simulate
 from lutetia.simulation.scenarios.catalogue import NOT_SIMULATED, SCENARIOS
 
-_HEAVY = {"herd": 80, "churn": 32, "crowd": 20}
+_HEAVY = {"herd": 80, "churn": 32, "crowd": 20, "lent": 10}
 """Large scenarios run once here, with so many nodes; `python -m benchmarks simulate seeds` runs many seeds of all."""
 _CASES = [(name, seed) for name in SCENARIOS for seed in ((1,) if name in _HEAVY else (1, 2))]
 
