@@ -75,7 +75,7 @@ class AdapterExperts:
     """Reads the experts of a mixture of adapters. All of them run on the same base, which is read once.
 
     Adapters stay in memory while they take at most `SHARE_OF_BASE` of the base's bytes, at least one, or as many as the mixture's
-    `experts_in_memory` says. Others are read again at their next use, which takes milliseconds.
+    `experts_in_memory` says. Others are read again from their files at their next use.
 
     Args:
         folder: the mixture.
