@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-DEVICES = r"^(auto|(mps|(cpu|cuda|xpu)(:\d{1,3})?)( *, *(mps|(cpu|cuda|xpu)(:\d{1,3})?)){0,31})$"
-"""Pattern of the setting `device`."""
-_DEVICE = re.compile(r"mps|(cpu|cuda|xpu)(:\d{1,3})?")
+_ONE = r"(mps|(cpu|cuda|xpu)(:\d{1,3})?(\+(cpu|cuda|xpu):\d{1,3}){0,15})"
+DEVICES = rf"^(auto|{_ONE}( *, *{_ONE}){{0,31}})$"
+"""Pattern of the setting `device`. `cuda:0+cuda:1` is a unit: cards that train one expert together."""
+_DEVICE = re.compile(_ONE)
 
 Cap = int | dict[str, int]
 """A limit that holds for each device, or by device."""
@@ -31,32 +32,58 @@ class DeviceChoice:
 
     @property
     def torch_name(self) -> str:
-        """The device in torch's words. The processors of `cpu:0` and `cpu:1` are the same; only their threads are apart."""
-        return "cpu" if self.name.startswith("cpu") else self.name
+        """The device in torch's words; a unit keeps its own.
+
+        The processors of `cpu:0` and `cpu:1` are the same; only their threads are apart.
+        """
+        return "cpu" if self.name.startswith("cpu") and not self.is_unit else self.name
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether several cards train one expert together."""
+        return "+" in self.name
+
+
+def torch_cards(device: str) -> tuple[str, ...]:
+    """The devices of a unit in torch's words; of another device it alone."""
+    return tuple("cpu" if card.startswith("cpu") else card for card in device.split("+"))
 
 
 def read_devices(text: str) -> tuple[str, ...]:
-    """The names in the setting `device`, which matches DEVICES; `cuda` means `cuda:0`. Raises ValueError for a double."""
+    """The names in the setting `device`, which matches DEVICES; `cuda` means `cuda:0`.
+
+    Raises ValueError for a double, and for a unit of unlike devices.
+    """
     names = [_plain(part.strip()) for part in text.split(",")]
-    numbered = [name if ":" in name else f"{name}:0" for name in names]
-    double = next((name for place, name in enumerate(names) if numbered[place] in numbered[:place]), None)
+    cards = [card for name in names for card in name.split("+")]
+    numbered = [card if ":" in card else f"{card}:0" for card in cards]
+    double = next((card for place, card in enumerate(cards) if numbered[place] in numbered[:place]), None)
+    mixed = next((name for name in names if len({card.partition(":")[0] for card in name.split("+")}) > 1), None)
+    if mixed is not None:
+        raise ValueError(f"the cards of {mixed} differ in kind; a unit has cards of one kind, like cuda:0+cuda:1")
     if double is not None:
         raise ValueError(f"{double} is named twice; give each device once, and parts of the processor as cpu:0,cpu:1")
     return tuple(names)
 
 
 def _plain(name: str) -> str:
-    return f"{name}:0" if name in ("cuda", "xpu") else name
+    first, joint, others = name.partition("+")
+    whole = f"{first}:0" if first in ("cuda", "xpu") or (joint and first == "cpu") else first
+    return f"{whole}{joint}{others}"
 
 
 def named_device(text: str, names: Sequence[str]) -> str:
     """The device that a volunteer means by its name or its number alone. Raises ValueError with those that there are."""
     text = text.strip()
-    found = [name for name in names if _plain(text) == name or text == (name.partition(":")[2] or "0")]
+    found = [name for name in names if _plain(text) == name or any(_means(text, card) for card in name.split("+"))]
     if len(found) == 1:
         return found[0]
     problem = f"{text} may mean {' or '.join(found)}" if found else f"this node has no device {text}"
     raise ValueError(f"{problem}; its devices are {', '.join(names) or 'not known yet'}")
+
+
+def _means(text: str, card: str) -> bool:
+    return text == (card.partition(":")[2] or "0") or _plain(text) == card
 
 
 def read_cap(value: Any, number: Callable[[Any], Any] = int) -> Any:
@@ -103,7 +130,7 @@ def choose(
         local_bytes_per_day: bytes of local states that the node may write in a day.
         cores: CPU cores; None: those that this process may use.
     """
-    count = max(1, len(devices))
+    count = max(1, sum(len(name.split("+")) for name in devices))
     share = max(1, (cores or usable_cores()) // count) if count > 1 else None
     return tuple(
         DeviceChoice(name, _of(threads, name) or share, _of(memory, name), max(1, local_bytes_per_day // count))

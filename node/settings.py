@@ -107,7 +107,7 @@ class NodeSettings(BaseSettings):
         default="auto",
         pattern=DEVICES,
         description="Devices to train on: auto (all cards, else the CPU), cpu, mps, cuda:N or xpu:N; several like cuda:0,cuda:2, "
-        "or cpu:0,cpu:1 for parts of the CPU",
+        "or cpu:0,cpu:1 for parts of the CPU; cuda:0+cuda:1 trains one expert on both",
     )
     precision: PrecisionChoice = Field(
         default="auto",

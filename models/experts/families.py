@@ -88,7 +88,7 @@ def call_expert(
         given: rows whose first latent frame is clean and is only to be continued, bool `[B]`. None: no row, asked in the way that
             all classes know.
     """
-    family = family_of(type(model).__name__)
+    family = family_of(type(model).__name__.removeprefix("FSDP"))  # `fully_shard` sets it before the name
     inputs = inputs or family.inputs
     extra = _input_channels(family, config_of(model)) - x_t.shape[1]
     if extra:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ from lutetia.system.errors import ConfigError
 _SETTLING = 3
 Make = Callable[[], Tensor]
 """Makes the float32 values of a tensor that is kept in another form."""
+
+
+class Parted(Protocol):
+    """Tensors of which each card of a unit has a part (`units.split.Split`)."""
+
+    def whole(self, name: str, part: Tensor) -> Tensor: ...
+
+    def part(self, whole: Tensor) -> Tensor: ...
+
+
 LAST_RATE = 0.02  # the cosine ends at this share of the peak
 MUON_RATE = 5.0  # Muon's learning rate over AdamW's, so that one setting fits both
 
@@ -49,10 +60,19 @@ class Optimiser:
     """AdamW, or Muon for hidden matrices and AdamW for the others, over the trained parameters of one model.
 
     With weights or moments in fewer bits, the state in float32 is made where it is read.
+
+    Args:
+        model: whose trained parameters.
+        optimisation: rates, decays and which optimiser.
+        memory: in which forms the state is kept.
+        parameters: by name, what is trained in place of the model's own parameters: this card's part of each.
     """
 
-    def __init__(self, model: nn.Module, optimisation: Optimisation, memory: MemoryOptions = PLAIN) -> None:
-        parameters = trained_parameters(model)
+    def __init__(
+        self, model: nn.Module, optimisation: Optimisation, memory: MemoryOptions = PLAIN,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
+        parameters = trained_parameters(model) if parameters is None else parameters
         matrices = hidden_matrices(model) & parameters.keys() if optimisation.optimizer == "muon" else set()
         decay = optimisation.weight_decay
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
@@ -124,8 +144,14 @@ class Optimiser:
                         if moment not in state:
                             self._keep(part, parameter, moment, torch.zeros_like(parameter, dtype=torch.float32))
 
-    def settle(self, averages: Mapping[str, Tensor]) -> None:
-        """Round the state, and the averages, to what the compact form of a checkpoint holds (`states.compact`)."""
+    def settle(self, averages: Mapping[str, Tensor], split: Parted | None = None) -> None:
+        """Round the state, and the averages, to what the compact form of a checkpoint holds (`states.compact`).
+
+        `split`: of an expert that several cards train, since blocks of numbers with one scale lie across their parts.
+        """
+        if split is not None:
+            self._settle_parts(averages, split)
+            return
         for parameter, name in self._names.items():
             averages[name].copy_(averages[name].bfloat16())
             average = averages[name].to(parameter.device)
@@ -144,6 +170,22 @@ class Optimiser:
                     values = self._slim.moment(parameter, moment) if self._slim and self._slim is part else moments[moment]
                     settled = torch.zeros_like(values) if name.startswith(FIRST) else unpacked(name, pack(name, values))
                     self._keep(part, parameter, moment, settled)
+
+    def _settle_parts(self, averages: Mapping[str, Tensor], split: Parted) -> None:
+        """`settle`, tensor by tensor: made whole on every card, rounded, and each takes its part."""
+        for parameter, name in self._names.items():
+            average = split.whole(name, averages[name]).bfloat16()
+            averages[name].copy_(split.part(average))
+            values = unpacked(PARAMETER, pack(PARAMETER, split.whole(name, parameter.detach()), average), average)
+            self._set(parameter, split.part(values))
+        for kind, (part, _) in self._parts.items():
+            for parameter, moments in part.state.items():
+                for moment in [moment for moment in moments if moment not in ("step", REST)]:
+                    name = f"{kind}.{moment}.{self._names[parameter]}"
+                    values = self._slim.moment(parameter, moment) if self._slim and self._slim is part else moments[moment]
+                    whole = split.whole(self._names[parameter], values)
+                    settled = torch.zeros_like(whole) if name.startswith(FIRST) else unpacked(name, pack(name, whole))
+                    self._keep(part, parameter, moment, split.part(settled))
 
     def _set(self, parameter: Tensor, values: Tensor) -> None:
         if self._slim:
@@ -174,15 +216,19 @@ class Ema:
         model: whose parameters.
         values: gives a parameter's value in float32.
         host: keep the averages in main memory, beside an accelerator.
+        parameters: by name, what is averaged in place of the model's own parameters.
     """
 
-    def __init__(self, model: nn.Module, values: Callable[[Tensor], Tensor] = Tensor.detach, host: bool = False) -> None:
-        self._live = list(trained_parameters(model).values())
+    def __init__(
+        self, model: nn.Module, values: Callable[[Tensor], Tensor] = Tensor.detach, host: bool = False,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
+        parameters = trained_parameters(model) if parameters is None else parameters
+        self._live = list(parameters.values())
         self._values = values
         self._plain = not host and all(parameter.dtype == torch.float32 for parameter in self._live)
         self.weights = {
-            name: values(parameter).to("cpu" if host else parameter.device, copy=True)
-            for name, parameter in trained_parameters(model).items()
+            name: values(parameter).to("cpu" if host else parameter.device, copy=True) for name, parameter in parameters.items()
         }
         self._averaged = list(self.weights.values())
 

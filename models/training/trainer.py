@@ -110,15 +110,24 @@ class ExpertTrainer:
         if len(data) < manifest.optimisation.batch:
             batch = manifest.optimisation.batch
             raise DataError(f"shard {shard} has {len(data)} clips, fewer than a batch of {batch}; use fewer experts")
-        self.model = load_expert(self.spec, initial_seed(manifest, shard), base).to(self.device).train()
+        self.model = self._placed(load_expert(self.spec, initial_seed(manifest, shard), base).train())
         if memory.weights == "bfloat16":
             keep_weights_in_bfloat16(self.model, precision, manifest.optimisation)
         if memory.checkpointing:
             cast(ModelMixin, self.model).enable_gradient_checkpointing()
-        self._parameters = list(trained_parameters(self.model).values())
-        self._optimiser = Optimiser(self.model, manifest.optimisation, memory)
-        self._ema = Ema(self.model, self._optimiser.values, host=memory.average == "host")
+        trained = self._trained()
+        self._parameters = list(trained.values())
+        self._optimiser = Optimiser(self.model, manifest.optimisation, memory, trained)
+        self._ema = Ema(self.model, self._optimiser.values, memory.average == "host", trained)
         self._batches = BatchesAhead(Batches(manifest, shard, data, lane), manifest.lane_steps(lane), self.device)
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """The model where it is trained. Memory options of its blocks come later."""
+        return model.to(self.device)
+
+    def _trained(self) -> Mapping[str, nn.Parameter]:
+        """By name, what is trained here."""
+        return trained_parameters(self.model)
 
     @property
     def at_epoch_end(self) -> bool:
@@ -150,25 +159,36 @@ class ExpertTrainer:
             self._place(self.epoch + 1, 0, [])
         optimisation, done = self.manifest.optimisation, self.steps
         total = self.manifest.epochs * self.manifest.steps_per_epoch
-        batch = self._batches.take(self.epoch, self.step_in_epoch)
+        batch = self._next_batch()
         if self.precision == "float16":
             loss = scaled_backward(lambda factor: self._accumulate(batch, factor), self._parameters)
         else:
             loss = self._accumulate(batch)
         self._wait_for_readers(may_wait)
-        nn.utils.clip_grad_norm_(self._parameters, optimisation.gradient_clip)
+        self._clip(optimisation.gradient_clip)
         team = self.manifest.team
         self._optimiser.step(learning_rate(optimisation, done, total) * (team.inner_rate if team else 1.0))
         self._ema.update(ema_decay(optimisation, done))
         self.step_in_epoch += 1
         if self.at_epoch_end and self.manifest.checkpoints == "compact":
-            self._optimiser.settle(self._ema.weights)
+            self._settle()
         value = loss.item()
         self.trace.append(value)
         if not math.isfinite(value):
             remedy = "set precision to float32" if self.precision == "float16" else "restore the accepted checkpoint"
             raise TrainingDiverged(f"shard {self.shard} diverged at step {done} (loss {value}); {remedy}")
         return value
+
+    def _next_batch(self) -> Batch:
+        return self._batches.take(self.epoch, self.step_in_epoch)
+
+    def _clip(self, most: float) -> None:
+        """Scale the gradients so that their norm is at most `most`."""
+        nn.utils.clip_grad_norm_(self._parameters, most)
+
+    def _settle(self) -> None:
+        """Round the state to what a compact checkpoint holds."""
+        self._optimiser.settle(self._ema.weights)
 
     def _accumulate(self, batch: Batch, factor: float = 1.0) -> Tensor:
         """Compute the gradients of the batch's mean loss times `factor`, micro-batch by micro-batch. Returns the loss."""
@@ -273,10 +293,14 @@ class ExpertTrainer:
             self._start(read_weights(weights, self.manifest, self.shard), epoch)
             return f"started shard {self.shard} from given weights at epoch {epoch}"
         if epoch == 0:
-            reset_expert(self.model, self.spec, initial_seed(self.manifest, self.shard))
-            self._start(published_tensors(self.model), epoch)
+            self._start(self._initial(), epoch)
             return f"started shard {self.shard} from its seeded initial weights"
         raise ConfigError(f"epoch {epoch} of shard {self.shard} has no accepted state to continue from; fetch it first")
+
+    def _initial(self) -> Mapping[str, Tensor]:
+        """The seeded initial weights."""
+        reset_expert(self.model, self.spec, initial_seed(self.manifest, self.shard))
+        return published_tensors(self.model)
 
     def _place_of(self, path: Path, epoch: int, step: int | None = None, weights: Path | None = None) -> dict[str, Any]:
         """`step` None: of a local state, which has the plain form."""
@@ -301,7 +325,7 @@ class ExpertTrainer:
             self._start(under(state, "param."), place["epoch"], ema)
             trace = state["trace"].tolist() if "trace" in state and place["step"] else []
             self._place(place["epoch"], place["step"], trace)
-            self._optimiser.load(state, self.steps)
+            self._optimiser.load(self._part_of(state), self.steps)
         if place["step"]:  # an epoch must be finished with the same split, or sums differ in their last bits
             self.micro_batch, self.precision = place["micro_batch"], place["precision"]
             if place["device"] not in ("", self.device.type):
@@ -309,11 +333,19 @@ class ExpertTrainer:
 
     def _start(self, weights: Mapping[str, Tensor], epoch: int, averages: Mapping[str, Tensor] | None = None) -> None:
         """Set parameters to `weights`, and the EMA to `averages` or else the same; drop moments and trace."""
-        load_trained(self.model, weights)
+        self._load(weights)
         self._optimiser.load_values(weights)
-        self._ema.load(weights if averages is None else averages)
+        self._ema.load(self._part_of(weights if averages is None else averages))
         self._optimiser.load({}, 0)
         self._place(epoch, 0, [])
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the parameters to `weights`."""
+        load_trained(self.model, weights)
+
+    def _part_of(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is kept here of these tensors, which are read from a file."""
+        return tensors
 
     def _place(self, epoch: int, step: int, trace: list[float]) -> None:
         self.epoch, self.step_in_epoch, self.trace, self._trained_on = epoch, step, trace, self.device.type

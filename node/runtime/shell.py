@@ -262,4 +262,4 @@ def is_free(shell: DeviceShell) -> bool:
     """Whether the device has no work of its own, and its hardware is known to be fit."""
     state = shell.state
     fit = shell.prober.result is not None and state.disk_full_since is None and shell.slowed is None
-    return state.phase == "idle" and state.online and fit
+    return state.phase == "idle" and state.online and fit and not shell.choice.is_unit

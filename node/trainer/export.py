@@ -26,12 +26,12 @@ class TrainingExport:
 
     @classmethod
     def of(cls, trainer: ExpertTrainer, assignment: Assignment) -> TrainingExport:
-        """As the assignment says. What cannot be opened is logged and left out."""
+        """As the assignment says. What cannot be opened is logged and left out; a unit of several cards samples no clips."""
         log = clips = None
         if assignment.losses is not None:
             place = assignment.losses
             log = _tried(lambda: open_log(place, trainer.manifest.run_id, trainer.shard, trainer.lane))
-        if log is not None and assignment.clips_every and trainer.manifest.sampling.prompts:
+        if log is not None and assignment.clips_every and trainer.manifest.sampling.prompts and "+" not in assignment.device:
             clips = _tried(lambda: ProgressClips(trainer))
         return cls(trainer, log, clips, assignment.clips_every)
 

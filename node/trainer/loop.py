@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from lutetia.models.data.parts.reader import Wait, open_shard
 from lutetia.models.training.replay import under_budget
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
+from lutetia.models.training.units.split import Split
+from lutetia.models.training.units.split_trainer import SplitTrainer
+from lutetia.node.device_settings import torch_cards
 from lutetia.node.machine.messages import Exit
 from lutetia.node.pacing import SaveInterval, save_interval
 from lutetia.node.trainer.assignment import PROGRESS_SECONDS, Assignment
@@ -48,6 +52,7 @@ from lutetia.node.trainer.messages import (
 )
 from lutetia.node.trainer.probe import ProbeQuestion, probe
 from lutetia.node.trainer.replay import answer_replay
+from lutetia.node.trainer.units.ranks import unit_of
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.system.errors import ConfigError, DataError, IntegrityError, LutetiaError
 from lutetia.system.process import ParentChannel
@@ -70,7 +75,7 @@ class DaemonOrders:
 
     def __init__(self, channel: ParentChannel, memory: int | None = None) -> None:
         """`memory`: bytes that this process may take of its device; None: all that is free."""
-        self._memory = memory
+        self.memory = memory
         self.until, self.duty_cycle = 0, 1.0
         self.stopping, self.save, self.staying = False, True, False
         self._changed = threading.Condition()
@@ -87,25 +92,25 @@ class DaemonOrders:
                 case ListDevices():
                     self.send(answer_devices())
                 case RunProbe(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(torch_cards(question.device)[0], self.memory)
                     self.send(answer_probe(question))
                 case RunReplay(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(question.device, self.memory)
                     self.send(answer_replay(question))
                 case RunCheck(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(question.device, self.memory)
                     self.send(answer_check(question))
                 case RunRouter(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(question.device, self.memory)
                     self.send(answer_router(question))
                 case ScoreMixture(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(question.device, self.memory)
                     self.send(answer_mixture(question))
                 case SampleMixture(question=question):
-                    use_device(question.device, self._memory)
+                    use_device(question.device, self.memory)
                     self.send(answer_gallery(question))
                 case StartTraining(assignment=assignment):
-                    use_device(assignment.device, self._memory)
+                    use_device(torch_cards(assignment.device)[0], self.memory)
                     self.until, self.duty_cycle = assignment.until, assignment.duty
                     return assignment
                 case StopTraining():
@@ -291,17 +296,22 @@ def answer_probe(question: ProbeQuestion) -> ProbeFinished | RequestFailed:
         return RequestFailed(text=str(error), device_missing=isinstance(error, DeviceMissing))
 
 
-def build(assignment: Assignment, wait: Wait | None = None) -> ExpertTrainer:
+def build(assignment: Assignment, wait: Wait | None = None, split: Split | None = None) -> ExpertTrainer:
     """The trainer, restored to its starting point. Raises TrainerEnded when shard or state cannot be used.
 
-    `wait` waits for a part of the data that is not there yet.
+    Args:
+        assignment: what it is to train.
+        wait: waits for a part of the data that is not there yet.
+        split: this process's place in a unit of several cards; None: it trains on one device.
     """
     manifest = read_manifest(assignment)
+    kind = ExpertTrainer if split is None else partial(SplitTrainer, split)
     try:
         data = open_shard(assignment.data, manifest.latent, wait=wait)
-        trainer = ExpertTrainer(
+        trainer = kind(
             manifest, assignment.shard, data,
-            device=assignment.device, micro_batch=assignment.micro_batch, precision=assignment.precision,
+            device=torch_cards(assignment.device)[split.rank if split else 0],
+            micro_batch=assignment.micro_batch, precision=assignment.precision,
             base=assignment.base, memory=assignment.memory, lane=assignment.lane,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
@@ -359,12 +369,15 @@ def _work_once(orders: DaemonOrders) -> Exit:
         if assignment.threads:
             torch.set_num_threads(assignment.threads)
         CheckpointFolder(assignment.folder.parent, "", assignment.slot).sweep()
-        trainer = build(assignment, orders.wait_for_part)
-        orders.listen()
-        loop = TrainerLoop(trainer, assignment, orders)
-        orders.send(TrainerReady(epoch=loop.place[0], step=loop.place[1], device=str(trainer.device)))
-        loop.run()
-        loop.finish()
+        with unit_of(assignment, orders.memory) as split:
+            trainer = build(assignment, orders.wait_for_part, split)
+            orders.listen()
+            loop = TrainerLoop(trainer, assignment, orders)
+            orders.send(TrainerReady(epoch=loop.place[0], step=loop.place[1], device=assignment.device))
+            loop.run()
+            loop.finish()
+            if isinstance(trainer, SplitTrainer):
+                trainer.end()
     except (LutetiaError, MemoryError, RuntimeError, ValidationError) as error:
         known = reason_of(error)
         if known is None:

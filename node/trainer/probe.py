@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
 from lutetia.models.training.memory.needs import RunNeeds
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, plan_memory
+from lutetia.node.device_settings import torch_cards
 from lutetia.node.trainer.devices import Accelerators, choose_device, choose_precision
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.fields import Digest
@@ -107,8 +107,14 @@ class ProbeResult(Frozen):
 
 
 def describe(device: str) -> Hardware:
-    """Name, memory and cores of the device, for the node record."""
+    """Name, memory and cores of the device, for the node record. Cards of a unit are summed up."""
     import torch
+
+    if len(cards := torch_cards(device)) > 1:
+        each = [describe(card) for card in cards]
+        memory = each[0].memory_bytes if cards[0] == "cpu" else sum(one.memory_bytes for one in each)
+        name = f"{len(cards)} x {each[0].name}"[:64]
+        return Hardware(device=device[:64], name=name, memory_bytes=memory, cores=each[0].cores)
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.startswith(("cuda", "xpu")):
@@ -168,8 +174,9 @@ def probe(question: ProbeQuestion) -> ProbeResult:
         torch.set_num_threads(question.threads)
     manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
     accelerators = Accelerators.seen()
-    device, device_reason = choose_device(question.device, accelerators)
-    precision, precision_reason = choose_precision(device, question.precision, accelerators)
+    chosen = [choose_device(card, accelerators) for card in torch_cards(question.device)]
+    device, device_reason = (question.device if len(chosen) > 1 else chosen[0][0]), "; ".join(reason for _, reason in chosen)
+    precision, precision_reason = choose_precision(chosen[0][0], question.precision, accelerators)
     hardware = describe(device)
     log.info("device %s; precision %s", device_reason, precision_reason)
     unmet = unmet_need(manifest.hardware, hardware, question.free_disk)
@@ -185,13 +192,17 @@ def probe(question: ProbeQuestion) -> ProbeResult:
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
         fits[shard.index] = ShardFit(fitness=0.0, reason=unmet) if unmet else tried[kind]
     return ProbeResult(
-        question=question_digest(question), hardware=hardware, device=device, cards=card_ids([device]), precision=precision,
-        precision_reason=precision_reason, samples_per_second=rate, shards=fits, needs=needs,
+        question=question_digest(question), hardware=hardware, device=device, cards=card_ids(torch_cards(device)),
+        precision=precision, precision_reason=precision_reason, samples_per_second=rate, shards=fits, needs=needs,
     )  # fmt: skip
 
 
 def available_memory(device: str, most: int | None = None) -> int:
-    """Bytes that training may take of the device now; `most`: as the volunteer allows."""
+    """Bytes that training may take of the device now; of a unit, of all its cards. `most`: as the volunteer allows, of each."""
+    if len(cards := torch_cards(device)) > 1:
+        shared = _free_memory("cpu") // len(cards)  # processors have one memory
+        free = min(shared if card == "cpu" else _free_memory(card) for card in cards)
+        return len(cards) * (free if most is None else min(free, most))
     free = _free_memory(device)
     return free if most is None else min(free, most)
 
@@ -235,29 +246,24 @@ def _try_expert(
     manifest: Manifest, shard: int, device: str, precision: Precision, question: ProbeQuestion
 ) -> tuple[ShardFit, float]:
     """Train steps of the shard's expert on random clips, by the first plan that works: (fit, samples per second)."""
-    import torch
-
-    from lutetia.models.data.shards import ShardData
     from lutetia.models.experts.families import build_meta
     from lutetia.models.training.memory.activations import expert_facts
     from lutetia.models.training.memory.forecast import result_bytes
+    from lutetia.node.trainer.units.trials import UnitTrialRunner, probe_data
 
-    batch = manifest.optimisation.batch
-    latent = max(manifest.latent.of_buckets, key=lambda each: math.prod(each.shape))  # what takes the most memory
-    data = ShardData(
-        torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
-        torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
-    )  # fmt: skip
+    batch, data = manifest.optimisation.batch, probe_data(manifest)
     wanted, optimizer = question.micro_batch, manifest.optimisation.optimizer
     ask = PlanQuestion(
         batch=min(wanted or batch, batch), precision=precision, device=device, optimizer=optimizer,
         narrower=question.precision == "auto" and device.startswith("cpu"), host=psutil.virtual_memory().available,
     )  # fmt: skip
-    trial = _Trial(manifest, shard, data, device)
+    unit_trial = UnitTrialRunner(question.manifest, shard, device, question.threads, question.memory)
+    trial = _Trial(manifest, shard, data, device) if len(torch_cards(device)) == 1 else unit_trial
     try:
         parameters = sum(parameter.numel() for parameter in build_meta(manifest.expert_of(shard)).parameters())
         for plan in plans(lambda: expert_facts(manifest, shard), parameters, available_memory(device, question.memory), ask):
-            size = largest_working(plan.rows, lambda rows, plan=plan: trial.works(plan, rows))
+            most = -(-plan.rows // len(torch_cards(device)))
+            size = largest_working(most, lambda rows, plan=plan: trial.works(plan, rows))
             if size is not None:
                 why = "as set" if wanted and size == wanted else "the whole batch" if size >= batch else "the largest that fits"
                 reason = f"micro-batch {size}, {why}; {plan.reason}"
