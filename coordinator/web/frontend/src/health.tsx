@@ -8,19 +8,33 @@ interface Line { level: 'red' | 'amber'; what: string; since: string; why: strin
 export function problems(all: Everything, moment: Moment): Line[] {
   const { run } = all
   const lines = moment.present ? [...together(run.stalls, moment.now), ...ofTheCoordinator(all)] : []
+  const slow: { shard: number; since: number; usual: number }[] = []
   for (const shard of moment.shards) {
     const { status, accepted, refused } = shard
     const usual = pace(accepted)
     const newest = last(accepted)
     const stalled = moment.present && run.stalls.some((stall) => stall.shard === status.shard && stall.kind === 'shard')
     if (!stalled && newest && newest.epoch < status.epochs && run.state !== 'finished' && usual !== null && moment.now - newest.time > 3 * usual) {
-      lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(newest.time, moment.now), why: `No result was accepted for three times its usual pace, one in ${span(usual)}.`, todo: `lutetia run why ${status.shard}` })
+      slow.push({ shard: status.shard, since: newest.time, usual })
     }
     const twice = refused.find((point, i) => refused.some((other, j) => j < i && other.checkpoint === point.checkpoint))
-    if (twice && (newest?.time ?? 0) < twice.time) lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(twice.time, moment.now), why: `The same result was refused twice (${twice.check}), and none was accepted since.`, todo: `lutetia run why ${status.shard}` })
+    if (twice && (newest?.time ?? 0) < twice.time) lines.push({ level: 'red', what: `expert ${expert(status.shard)}`, since: ago(twice.time, moment.now), why: `The same result was refused twice (${twice.check}), and none was accepted since.`, todo: `lutetia run why RUN ${status.shard}` })
     if (moment.present && status.copies === 1) lines.push({ level: 'amber', what: `expert ${expert(status.shard)}`, since: '', why: 'Only one volunteer holds a copy of its checkpoint.', todo: 'More volunteers, or a backup: lutetia coordinator backup.' })
   }
-  return lines.sort((a, b) => Number(a.level === 'amber') - Number(b.level === 'amber'))
+  return [...lines, ...slower(slow, moment.now)].sort((a, b) => Number(a.level === 'amber') - Number(b.level === 'amber'))
+}
+
+/** A line for each expert that is slower than it was, or one for all where they are many. */
+function slower(slow: { shard: number; since: number; usual: number }[], now: number): Line[] {
+  const names = slow.map(({ shard }) => `expert ${expert(shard)}`)
+  if (slow.length > MOST_NAMES) return [{ level: 'red', what: listed(names), since: ago(Math.min(...slow.map(({ since }) => since)), now), why: `No result was accepted for three times their usual pace, one in ${span(Math.min(...slow.map(({ usual }) => usual)))} to ${span(Math.max(...slow.map(({ usual }) => usual)))}.`, todo: 'lutetia run why RUN SHARD' }]
+  return slow.map(({ shard, since, usual }, i) => ({ level: 'red', what: names[i]!, since: ago(since, now), why: `No result was accepted for three times its usual pace, one in ${span(usual)}.`, todo: `lutetia run why RUN ${shard}` }))
+}
+
+const MOST_NAMES = 4
+
+function listed(names: string[]): string {
+  return names.length > MOST_NAMES ? `${names.slice(0, 3).join(', ')} and ${names.length - 3} more` : names.join(', ')
 }
 
 function ofTheCoordinator({ run, peers }: Everything): Line[] {
@@ -45,9 +59,7 @@ function together(stalls: Stall[], now: number): Line[] {
   const groups = new Map<string, Stall[]>()
   for (const stall of stalls) groups.set(`${stall.kind}|${stall.why}|${stall.remedy}`, [...(groups.get(`${stall.kind}|${stall.why}|${stall.remedy}`) ?? []), stall])
   return [...groups.values()].map((alike) => {
-    const names = alike.map(name)
-    const what = names.length > 4 ? `${names.slice(0, 3).join(', ')} and ${names.length - 3} more` : names.join(', ')
-    return { level: 'red', what, since: ago(Math.min(...alike.map((stall) => stall.since)), now), why: alike[0]!.why, todo: alike[0]!.remedy }
+    return { level: 'red', what: listed(alike.map(name)), since: ago(Math.min(...alike.map((stall) => stall.since)), now), why: alike[0]!.why, todo: alike[0]!.remedy }
   })
 }
 

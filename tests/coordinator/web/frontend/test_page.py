@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -42,10 +43,14 @@ async def test_page_is_small_has_no_problem_for_screen_readers_and_works_by_keyb
     assert compressed <= FIRST_LOAD
     run = record_long_run(tmp_path / "run")
     write_galleries(run, PROMPTS)
+    run.driver.now += 1e6
     async with browser() as chromium:
         schemes: tuple[Scheme, ...] = ("light", "dark")
         for scheme in schemes:
             async with opened(run, chromium, 768, scheme) as (page, wrong):
+                slow = page.locator(".health .red", has_text="for three times")
+                await expect(slow).to_have_count(1)  # however many experts are slow
+                await expect(slow).to_contain_text(re.compile(r"expert \d+, expert \d+, expert \d+ and \d more"))
                 await page.locator(".row").first.focus()
                 await page.keyboard.press("Enter")
                 await expect(page.locator(".lineage")).to_be_visible()
