@@ -203,8 +203,9 @@ def _headers(tag: str) -> dict[str, str]:
 
 
 def _has(request: Request, tag: str) -> bool:
-    """Whether the client has the document with this tag."""
-    return f'W/"{tag}"' in [given.strip() for given in request.headers.get("if-none-match", "").split(",")]
+    """Whether the client has the document with this tag, by the weak comparison (RFC 9110, section 13.1.2)."""
+    given = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
+    return "*" in given or f'"{tag}"' in given
 
 
 def _size(kept: _Document | None) -> int:

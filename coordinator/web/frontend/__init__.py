@@ -45,7 +45,7 @@ def _add(router: APIRouter, path: str, data: bytes, media_type: str) -> None:
     compressed = gzip.compress(data, 9, mtime=0)
     tag = f'"{sha256(data).hexdigest()[:32]}"'
 
-    @router.get(path)
+    @router.api_route(path, methods=["GET", "HEAD"])
     async def asset(request: Request) -> Response:
         headers = {**_HEADERS, "ETag": tag, "Vary": "Accept-Encoding"}
         if tag in request.headers.get("if-none-match", ""):
