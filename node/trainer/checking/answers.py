@@ -72,7 +72,7 @@ def answer_router(question: RouterQuestion) -> RouterFinished | RequestFailed:
 def answer_mixture(question: MixtureQuestion) -> MixtureScored | RequestFailed:
     try:
         return MixtureScored(findings=_scored(question))
-    except (LutetiaError, RuntimeError, MemoryError) as error:
+    except (LutetiaError, OSError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=_line(error))
 
 
@@ -104,7 +104,7 @@ def answer_gallery(question: GalleryQuestion) -> GalleryWritten | RequestFailed:
 
     try:
         sample_gallery(question, _prepared(question.manifest, question.threads))
-    except (LutetiaError, RuntimeError, MemoryError) as error:
+    except (LutetiaError, OSError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=_line(error))
     return GalleryWritten()
 
