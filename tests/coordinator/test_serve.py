@@ -179,7 +179,7 @@ def check_fetching(run: CreatedRun, out: Path) -> None:
         served.write_bytes(canonical(SignedMixture.sign(changed, key.sign)))
 
     assert fetch() == {*document.files, FILE}
-    found = check_run(Ticket.decode(run.ticket))
+    found = check_run(Ticket.decode(run.ticket), out.parent / "node")
     assert found.verdict == "ok", found.seen
     assert "here on " in found.seen
     serve(**{"vae/evil.py": code, "expert_000/diffusion_pytorch_model.bin": code})
