@@ -27,7 +27,12 @@ export function problems(all: Everything, moment: Moment): Line[] {
 /** A line for each expert that is slower than it was, or one for all where they are many. */
 function slower(slow: { shard: number; since: number; usual: number }[], now: number): Line[] {
   const names = slow.map(({ shard }) => `expert ${expert(shard)}`)
-  if (slow.length > MOST_NAMES) return [{ level: 'red', what: listed(names), since: ago(Math.min(...slow.map(({ since }) => since)), now), why: `No result was accepted for three times their usual pace, one in ${span(Math.min(...slow.map(({ usual }) => usual)))} to ${span(Math.max(...slow.map(({ usual }) => usual)))}.`, todo: 'lutetia run why RUN SHARD' }]
+  if (slow.length > MOST_NAMES) {
+    const paces = slow.map(({ usual }) => usual)
+    const [shortest, longest] = [span(Math.min(...paces)), span(Math.max(...paces))]
+    const since = ago(Math.min(...slow.map(({ since }) => since)), now)
+    return [{ level: 'red', what: listed(names), since, why: `No result was accepted for three times its usual pace, one in ${shortest} to ${longest}.`, todo: 'lutetia run why RUN SHARD' }]
+  }
   return slow.map(({ shard, since, usual }, i) => ({ level: 'red', what: names[i]!, since: ago(since, now), why: `No result was accepted for three times its usual pace, one in ${span(usual)}.`, todo: `lutetia run why RUN ${shard}` }))
 }
 
