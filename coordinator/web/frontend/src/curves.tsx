@@ -76,7 +76,7 @@ export function Curves({ shards, series, until, hours: every }: { shards: Shard[
         {router && router.accuracy_by_time.length > 0 && <RouterBins router={router} />}
         {hours.length > 0 && (
           <figure>
-            <figcaption>Accepted samples by the hour, the last {hours.length} hours with work</figcaption>
+            <figcaption>Accepted samples by the hour, the last {hours.length === 1 ? 'hour' : `${hours.length} hours`} with work</figcaption>
             <Bars values={hours.map((hour) => hour.samples)} labels={hours.map((hour) => when(hour.time))} label="Accepted samples by the hour" most={Math.max(...hours.map((hour) => hour.samples))} />
           </figure>
         )}

@@ -119,7 +119,7 @@ export function Gallery({ all, moment }: { all: Everything; moment: Moment }) {
           </label>
         </div>
       )}
-      {clips.length === 0 ? <p class="soft">{pictures ? 'No clips yet: they are sampled after the first mixture is stitched.' : 'Reading the clips…'}</p> : (
+      {clips.length === 0 ? <p class="soft">{!pictures ? 'Reading the clips…' : moment.stitch ? 'No clips: this coordinator samples none, or has not yet.' : 'No clips yet: they are sampled after the first mixture is stitched.'}</p> : (
         <>
           <ul class="gallery">{clips.map((clip) => <Card key={clip.file} clip={clip} still={still} of={all.run.experts} />)}</ul>
           {clips.some((clip) => clip.experts.length > 0) && <p class="soft">Under each pair: which expert drew which step of the sampling, from noise (left) to clip (right).</p>}
