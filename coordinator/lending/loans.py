@@ -87,7 +87,7 @@ class LentCheck:
         return min(wanted - len(self.reports), _MOST_LOANS) - counted
 
     def crowded_out(self, now: float) -> str | None:
-        """The borrower that gives way to another one: of as many as there may be the one that is late for longest."""
+        """Once all loans are out, the borrower that is late for longest: it gives way to another one."""
         late = {owner: loan.counts_until for owner, loan in self.loans.items() if now >= loan.counts_until}
         return min(late, key=lambda owner: late[owner]) if late and len(self.loans) >= _MOST_LOANS else None
 

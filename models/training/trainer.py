@@ -238,6 +238,14 @@ class ExpertTrainer:
         self._held.append(snapshot)
         return snapshot
 
+    def _described(self) -> dict[str, Any]:
+        """What a state says beside its tensors."""
+        return {
+            "run": self.manifest.run_id, "shard": self.shard, "epoch": self.epoch + 1 if self.at_epoch_end else self.epoch,
+            "step": 0 if self.at_epoch_end else self.step_in_epoch, "samples": self.samples, "micro_batch": self.micro_batch,
+            "precision": self.precision, "device": self._trained_on, "trace": list(self.trace), "memory": self.memory,
+        }  # fmt: skip
+
     def _state(self, kind: type[S]) -> S:
         parameters, moments = list(self._optimiser.parameters()), list(self._optimiser.state())
         packed, sources = dict[str, Tensor](), {id(tensor): make for _, tensor, make in (*parameters, *moments) if make}
@@ -246,20 +254,11 @@ class ExpertTrainer:
             packed, more = packed_state(next(makes), self._ema.weights, next(makes))
             sources |= more
         return kind(
-            run=self.manifest.run_id,
-            shard=self.shard,
-            epoch=self.epoch + 1 if self.at_epoch_end else self.epoch,
-            step=0 if self.at_epoch_end else self.step_in_epoch,
-            samples=self.samples,
-            micro_batch=self.micro_batch,
-            precision=self.precision,
-            device=self._trained_on,
+            **self._described(),
             parameters={name: tensor for name, tensor, _ in parameters},
             ema=dict(self._ema.weights),
             buffers={k: v for k, v in published_tensors(self.model).items() if k not in self._ema.weights},
             moments={name: tensor for name, tensor, _ in moments},
-            trace=list(self.trace),
-            memory=self.memory,
             packed=packed,
             sources=sources,
         )

@@ -54,7 +54,7 @@ class StallStatus(TolerantDocument):
     """What does not go on or is in question, and what to do."""
 
     kind: OpenWord = Field(
-        description="What it is: a shard, a lineage that stands on an invalid epoch, a merge of lanes, an audit, a node, or the "
+        description="Says what is concerned: a shard, a lineage on an invalid epoch, a merge of lanes, an audit, a node, or the "
         "run's ledger"
     )
     shard: ShardIndex | None = Field(default=None, description="Index of the shard, also of an audit's; null: a node without one")

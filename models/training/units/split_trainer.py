@@ -177,20 +177,11 @@ class SplitTrainer(ExpertTrainer):
             makes = ({name: tensor.detach for name, tensor in part.items()} for part in (parameters, moments))
             packed, sources = packed_state(next(makes), averages, next(makes))
         return kind(
-            run=self.manifest.run_id,
-            shard=self.shard,
-            epoch=self.epoch + 1 if self.at_epoch_end else self.epoch,
-            step=0 if self.at_epoch_end else self.step_in_epoch,
-            samples=self.samples,
-            micro_batch=self.micro_batch,
-            precision=self.precision,
-            device=self._trained_on,
+            **self._described(),
             parameters=parameters,
             ema=averages,
             buffers=self._buffers(),
             moments=moments,
-            trace=list(self.trace),
-            memory=self.memory,
             packed=packed,
             sources=sources,
         )

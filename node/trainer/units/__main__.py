@@ -68,7 +68,7 @@ def work(text: bytes) -> int:
                 from lutetia.node.trainer.units.trials import try_unit
 
                 sys.stdout.write(f"{try_unit(order.trial, split)}\n")
-    except Exception as error:
+    except Exception as error:  # an error that the node knows becomes its exit code; any other goes on
         known = reason_of(error)
         if known is None:
             raise
@@ -80,7 +80,7 @@ def work(text: bytes) -> int:
 def wait_for_file(number: int, path: Path) -> None:
     """Wait for a part of the data: rank 0 has seen it, or asks for it."""
     while not path.is_file():
-        time.sleep(LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)  # the supervisor tells rank 0 alone of new files
 
 
 if __name__ == "__main__":
