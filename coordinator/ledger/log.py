@@ -288,7 +288,9 @@ class Ledger:
         return state
 
     def close(self) -> None:
-        self._connection.close()
+        """Close the file, once no other thread is reading or writing it: SQLite crashes when that happens during a statement."""
+        with self._writing:
+            self._connection.close()
 
 
 def verified_events(path: Path) -> Iterator[tuple[LedgerRow, Event]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -291,3 +292,25 @@ def test_a_reader_sees_what_a_writer_has_appended(tmp_path: Path) -> None:
     with contextlib.closing(Ledger.open(tmp_path / "ledger.sqlite", to_read=True)) as read:
         assert len(list(read.rows())) == 2
     ledger.close()
+
+
+def test_closing_waits_for_a_thread_that_is_writing(tmp_path: Path) -> None:
+    """A stopping coordinator cancels an append; its thread goes on. Without the wait, SQLite ends the process by SIGSEGV."""
+    first = first_event(drive_judge(epochs=4).manifest)
+    for attempt in range(30):
+        ledger, writing = Ledger.create(tmp_path / str(attempt), first), threading.Event()
+
+        def append_until_closed(ledger: Ledger = ledger, writing: threading.Event = writing) -> None:
+            with contextlib.suppress(sqlite3.ProgrammingError):  # "Cannot operate on a closed database"
+                while True:
+                    ledger.append([CoordinatorStopped(time=START + ledger.head[0])])
+                    writing.set()
+
+        thread = threading.Thread(target=append_until_closed)
+        thread.start()
+        assert writing.wait(30)
+        ledger.close()
+        thread.join()
+        again = Ledger.open(tmp_path / str(attempt))
+        assert again.head == ledger.head
+        again.close()
