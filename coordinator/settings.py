@@ -95,7 +95,7 @@ class RunSettings(_Settings):
     first_frame: Share | None = Field(
         default=None,
         description="Share of samples that are trained with their first latent frame given, so that clips can begin with a "
-        "picture; for Wan's transformer. Default: 0.9 from an image-to-video pipeline, else no pictures",
+        "picture; for the transformers of Wan and LTX-Video. Default: 0.9 from an image-to-video pipeline, else no pictures",
     )
     warm_start: str | None = Field(
         default=None, description="Folder or hub id of a model from which the experts take their first weights"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from lutetia.coordinator.admin.base import keep_base, with_base
-from lutetia.coordinator.admin.pipeline_settings import pipeline_needs, with_first_frame, with_pipeline
+from lutetia.coordinator.admin.pipeline_settings import check_first_frame, pipeline_needs, with_first_frame, with_pipeline
 from lutetia.coordinator.admin.upgrade import published
 from lutetia.coordinator.galleries import copy_sheets
 from lutetia.coordinator.holdouts import holdout_store
@@ -154,6 +154,8 @@ def _check_expert(manifest: Manifest) -> None:
     for spec in {canonical(spec): spec for spec in (manifest.expert_of(shard.index) for shard in manifest.shards)}.values():
         for latent in manifest.latent.of_buckets:
             check_fits(spec, latent)
+        if spec.first_frame is not None:
+            check_first_frame(manifest.latent)
 
 
 def _warm_start(settings: RunSettings, description: DataDescription) -> tuple[InitialWeights, ...]:

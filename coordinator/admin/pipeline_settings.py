@@ -57,6 +57,17 @@ def with_first_frame(expert: ExpertSpec, settings: RunSettings) -> ExpertSpec:
     return expert.model_copy(update={"inputs": inputs.model_copy(update={"first_frame": settings.first_frame})})
 
 
+def check_first_frame(latent: LatentSpec) -> None:
+    """Raises ConfigError if the autoencoder of the data cannot encode the first picture of a clip alone."""
+    from lutetia.models.data.encode.latents import load_latents
+
+    if not load_latents(latent.vae).begins_with_picture:
+        raise ConfigError(
+            f"latents {latent.vae!r} mix the first picture of a clip with later ones, so that no picture can begin a clip; leave "
+            "first_frame out, or build the data with an autoencoder that does not, such as Wan's or LTX-Video's"
+        )
+
+
 def pipeline_needs(expert: ExpertSpec, latent: LatentSpec, sampling: SamplingSpec) -> tuple[str, ...]:
     """The capabilities that a run needs because of what it takes from a pipeline."""
     taken = (expert.betas, expert.inputs, latent.text, sampling.scheduler, sampling.embedded_guidance)

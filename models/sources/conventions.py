@@ -6,7 +6,7 @@ A pipeline's files do not say this: it is written in its `__call__` and `encode_
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
@@ -42,11 +42,14 @@ class Convention:
     """Share of samples that are trained with their first frame given, unless the run says another; None: none."""
 
 
+_LTX = Convention(TextRecipe(attends_padding=True), 128, 50, 3.0, 25.0, masked=True, grid="uniform")
+
 CONVENTIONS: Mapping[str, Convention] = {
     "WanPipeline": Convention(TextRecipe(cleaned=True), 512, 50, 5.0, 16.0),
     "WanImageToVideoPipeline": Convention(TextRecipe(cleaned=True), 512, 50, 5.0, 24.0, first_frame=0.9),
     "SkyReelsV2Pipeline": Convention(TextRecipe(cleaned=True), 512, 50, 6.0, 24.0),
-    "LTXPipeline": Convention(TextRecipe(attends_padding=True), 128, 50, 3.0, 25.0, masked=True, grid="uniform"),
+    "LTXPipeline": _LTX,
+    "LTXImageToVideoPipeline": replace(_LTX, first_frame=0.9),
     "CogVideoXPipeline": Convention(TextRecipe(attends_padding=True, keeps_padding=True), 226, 50, 6.0, 8.0),
     "HunyuanVideoPipeline": Convention(
         TextRecipe(
@@ -62,7 +65,6 @@ OTHER_TASKS: Mapping[str, str] = {
     "WanVideoToVideoPipeline": "its parts are those of WanPipeline; name a pipeline of that class",
     "CogVideoXImageToVideoPipeline": _OWN_CHANNELS,
     "HunyuanVideoImageToVideoPipeline": _OWN_CHANNELS,
-    "LTXImageToVideoPipeline": "its parts are those of LTXPipeline; name a pipeline of that class",
     "LTXConditionPipeline": "its parts are those of LTXPipeline; name a pipeline of that class",
 }
 """Why pipelines that people may try are refused, and what to do."""

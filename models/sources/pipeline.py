@@ -86,7 +86,7 @@ class PipelineSource:
 
     def _inputs(self, fps: float) -> ExpertInputs:
         scale = None
-        if self.class_name == "LTXPipeline":
+        if self.index["transformer"][1] == "LTXVideoTransformer3DModel":
             space, time = ltx_ratios(self.config("vae"))
             scale = (time / fps, float(space), float(space))
         reverse = bool(self.config("scheduler").get("invert_sigmas"))

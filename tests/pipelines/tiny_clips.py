@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lutetia.coordinator.admin.create import CreatedRun, create_run
+from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
 from lutetia.models.data.build import BuildReport, build_data
 from lutetia.models.data.build_settings import BuildSettings
+from lutetia.protocol.schema.manifest import Manifest
 from lutetia.protocol.schema.model.training_spec import Optimisation, SamplingSpec
+from tests.cli.command_runner import lutetia
 from tests.models.data.clip_files import write_video
 from tests.pipelines.tiny_pipelines import FRAMES, PROMPTS, SIZES, pipeline_folder
 
@@ -52,6 +56,24 @@ def run_settings(name: str, **changes: Any) -> RunSettings:
         "samples_per_shard": 4, "checkpoint_samples": 4,
     }  # fmt: skip
     return RunSettings(**{**values, **changes})
+
+
+def create_by_command(name: str, folder: Path, *options: str) -> Manifest:
+    """The same by `lutetia run create --from`, with further `options`."""
+    (folder / "run.toml").write_text(_RUN)
+    words = ("--config", folder / "run.toml", "--from", pipeline_folder(name), *options)
+    made = lutetia("run", "create", folder / "data", folder / "run", *words)
+    assert made.returncode == 0, made.stderr
+    return RunFolder(folder / "run").read_manifest(time.time()).manifest
+
+
+_RUN = f"""
+[run]
+samples_per_shard = 4
+checkpoint_samples = 4
+sampling = {{ steps = {STEPS}, guidance = 3.0 }}
+optimisation = {{ batch = 2, learning_rate = 1e-3, warmup_steps = 1, text_dropout = 0.5, ema_decay = 0.5 }}
+"""
 
 
 def create(name: str, folder: Path) -> CreatedRun:

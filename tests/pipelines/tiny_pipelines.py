@@ -130,14 +130,15 @@ def _skyreels() -> Any:
     )
 
 
-def _ltx() -> Any:
+def _ltx(kind: Any = diffusers.LTXPipeline, scale: float = 0.9) -> Any:
     vae = diffusers.AutoencoderKLLTXVideo(
         latent_channels=8, block_out_channels=(4, 4, 4, 4), decoder_block_out_channels=(4, 4, 4, 4),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, spatio_temporal_scaling=(True, True, False, False),
         decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(False,) * 5,
         upsample_residual=(False,) * 4, upsample_factor=(1,) * 4, timestep_conditioning=False, patch_size=2, patch_size_t=1,
-        encoder_causal=True, decoder_causal=False, scaling_factor=0.9,
+        encoder_causal=True, decoder_causal=False, scaling_factor=scale,
     )  # fmt: skip
+    vae.encoder.conv_out.conv.bias[-1] = -40.0  # the posterior has hardly any variance: LTX's image-to-video draws from it
     vae.latents_mean.copy_(torch.linspace(-0.3, 0.3, 8))
     vae.latents_std.copy_(torch.linspace(0.5, 1.5, 8))
     transformer = diffusers.LTXVideoTransformer3DModel(
@@ -148,9 +149,7 @@ def _ltx() -> Any:
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, max_image_seq_len=4096,
         shift_terminal=0.1,
     )  # fmt: skip
-    return diffusers.LTXPipeline(
-        tokenizer=_tokenizer(128), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer
-    )
+    return kind(tokenizer=_tokenizer(128), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer)
 
 
 def _cogvideox(rotary: bool) -> Any:
@@ -208,15 +207,20 @@ def _mochi(invert: bool = True) -> Any:
 PIPELINES: dict[str, Callable[[], Any]] = {
     "wan21": _wan,
     "wan22-ti2v": _wan_ti2v,
-    "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
     "ltx": _ltx,
+    "ltx-i2v": lambda: _ltx(diffusers.LTXImageToVideoPipeline, 1.0),  # which scales only what it decodes; LTX's factor is 1
     "cogvideox-2b": lambda: _cogvideox(rotary=False),
     "cogvideox-5b": lambda: _cogvideox(rotary=True),
     "hunyuan": _hunyuan,
     "mochi": _mochi,
     "skyreels-v2": _skyreels,
 }
-REFUSED: dict[str, Callable[[], Any]] = {"wan22-a14b": _wan_a14b, "wan21-i2v": _wan_i2v}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
+    "wan22-a14b": _wan_a14b,
+    "wan21-i2v": _wan_i2v,
+}
+"""Of the parts of another one, or refused."""
 SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32)}
 """Frames and pixels of a side of a clip; 9 and 32 of those that are not named."""
 
@@ -234,7 +238,7 @@ def pipeline_folder(name: str) -> Path:
     folder = _root() / name
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        pipeline = (PIPELINES | REFUSED)[name]()
+        pipeline = (PIPELINES | OTHERS)[name]()
         for part in (pipeline.transformer, getattr(pipeline, "transformer_2", None)):
             _wake(part)
         pipeline.save_pretrained(folder, safe_serialization=True)

@@ -31,6 +31,7 @@ PER_FRAME = ("AutoencoderTiny", "AutoencoderKL")
 VIDEO = (
     "AutoencoderKLWan", "AutoencoderKLHunyuanVideo", "AutoencoderKLLTXVideo", "AutoencoderKLCogVideoX", "AutoencoderKLMochi",
 )  # fmt: skip
+_MIX_FRAMES = ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
 _FRAMES_AT_ONCE = 64
 
 
@@ -95,6 +96,11 @@ class Latents(ABC):
     def shipped_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """(mean, std) per channel that the models of this autoencoder were trained with; None if it ships none."""
         return None
+
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether the first latent frame of a clip is that of its first picture alone, so that a picture can begin a clip."""
+        return True
 
     @property
     def module(self) -> nn.Module | None:
@@ -213,6 +219,13 @@ class AutoencoderLatents(Latents):
             if not mean or not std:
                 mean, std = [0.0] * self._channels(), [1.0] * self._channels()
         return (tuple(mean), tuple(value / scale for value in std)) if mean and std else None
+
+    @property
+    def begins_with_picture(self) -> bool:
+        """Those of CogVideoX and HunyuanVideo normalise over all frames."""
+        if self.class_name == "AutoencoderKLLTXVideo":
+            return bool(self._config.get("encoder_causal", True))
+        return self.class_name not in _MIX_FRAMES
 
     def shape_of(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         space, time = self._factors()

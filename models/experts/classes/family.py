@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
+from lutetia.system.errors import UsageError
 
 TIMESTEPS = 1000.0  # diffusers' transformers embed time as a timestep in [0, 1000]
 
@@ -111,3 +112,22 @@ def read_usual_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
         changed=changed,
         pack=lambda prediction: prediction,
     )
+
+
+def with_one_time(call: StockCall, frames: int) -> StockCall:
+    """The call with one timestep per row, where a pipeline gives one of each patch: in image-to-video 0 in the first frame.
+
+    Args:
+        call: with `timestep` [B], or of each patch [B, S], frame after frame.
+        frames: frames of patches.
+
+    Raises UsageError if the timesteps of a row differ in another way.
+    """
+    if call.timestep.ndim < 2:
+        return call
+    first, others = call.timestep.unflatten(1, (frames, -1)).split([1, frames - 1], dim=1)
+    last = call.timestep[:, -1]
+    given = frames > 1 and not first.any() and bool(last.any())
+    if not (others == last.view(-1, 1, 1)).all() or not (given or (first == last.view(-1, 1, 1)).all()):
+        raise UsageError("a mixture takes one timestep per clip, and 0 for a first frame that is given; use such a pipeline")
+    return replace(call, timestep=last, given=given)

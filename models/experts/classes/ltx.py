@@ -1,4 +1,7 @@
-"""LTX-Video. It takes a sequence of patches, packed and unpacked as in `LTXPipeline._pack_latents`."""
+"""LTX-Video. It takes a sequence of patches, packed and unpacked as in `LTXPipeline._pack_latents`.
+
+`LTXImageToVideoPipeline` gives a timestep per patch.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lutetia.models.experts.classes.family import Asked, Family, Patch, StockCall, config_of
+from lutetia.models.experts.classes.family import Asked, Family, Patch, StockCall, config_of, with_one_time
 
 
 def _call(model: nn.Module, asked: Asked) -> Tensor:
     patch = _patch(config_of(model))
     frames, height, width = (size // p for size, p in zip(asked.latents.shape[2:], patch, strict=True))
+    times, mask = asked.timestep_of(patch), asked.mask.to(asked.tokens.dtype)
     out = model(
-        _packed(asked.latents, patch), asked.tokens, asked.timestep, asked.mask.to(asked.tokens.dtype), num_frames=frames,
-        height=height, width=width, rope_interpolation_scale=asked.inputs.rope_scale, return_dict=False,
+        _packed(asked.latents, patch), asked.tokens, times, mask, num_frames=frames, height=height, width=width,
+        rope_interpolation_scale=asked.inputs.rope_scale, return_dict=False,
     )[0]  # fmt: skip
     return _unpacked(out, (frames, height, width), patch)
 
@@ -40,7 +44,7 @@ def _patch(config: Any) -> Patch:
 def _read_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
     patch = _patch(config)
     grid = arguments["num_frames"], arguments["height"], arguments["width"]
-    return StockCall(
+    call = StockCall(
         latents=_unpacked(arguments["hidden_states"], grid, patch),
         timestep=arguments["timestep"],
         tokens=arguments["encoder_hidden_states"],
@@ -49,6 +53,7 @@ def _read_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
         changed={"rope_scale": arguments.get("rope_interpolation_scale")},
         pack=lambda prediction: _packed(prediction, patch),
     )
+    return with_one_time(call, grid[0])
 
 
-LTX = Family(_call, _patch, "caption_channels", packed=True, read_call=_read_call)
+LTX = Family(_call, _patch, "caption_channels", packed=True, takes_first_frame=True, read_call=_read_call)

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lutetia.models.experts.classes.family import Asked, Family, StockCall, config_of, read_usual_call
-from lutetia.system.errors import UsageError
+from lutetia.models.experts.classes.family import Asked, Family, StockCall, config_of, read_usual_call, with_one_time
 
 
 def _call(model: nn.Module, asked: Asked) -> Tensor:
@@ -17,17 +16,9 @@ def _call(model: nn.Module, asked: Asked) -> Tensor:
 
 
 def _read_call(config: Any, arguments: dict[str, Any]) -> StockCall:
-    """Wan 2.2 TI2V gives a timestep per patch. In image-to-video that of the first frame's patches is 0."""
+    """Wan 2.2 TI2V gives a timestep per patch."""
     call = read_usual_call(config, arguments)
-    if call.timestep.ndim < 2:
-        return call
-    frames = call.latents.shape[2] // config["patch_size"][0]
-    first, others = call.timestep.unflatten(1, (frames, -1)).split([1, frames - 1], dim=1)
-    last = call.timestep[:, -1]
-    given = frames > 1 and not first.any() and bool(last.any())
-    if not (others == last.view(-1, 1, 1)).all() or not (given or (first == last.view(-1, 1, 1)).all()):
-        raise UsageError("a mixture takes one timestep per clip, and 0 for a first frame that is given; use such a pipeline")
-    return replace(call, timestep=last, given=given)
+    return with_one_time(call, call.latents.shape[2] // config["patch_size"][0])
 
 
 WAN = Family(_call, lambda config: tuple(config.patch_size), "text_dim", takes_first_frame=True, read_call=_read_call)

@@ -55,8 +55,8 @@ class ExpertInputs(WireDocument):
     reversed: bool = Field(default=False, description="Whether its time runs from noise (0) to data (1), and its velocity too")
     first_frame: Share | None = added(
         None,
-        "Share of samples that are trained with their first latent frame given, clean and at time 0, as Wan 2.2 TI2V takes a "
-        "picture; null: none, and no pictures",
+        "Share of samples that are trained with their first latent frame given, clean and at time 0, as Wan 2.2 TI2V and "
+        "LTX-Video take a picture; null: none, and no pictures",
     )
 
 

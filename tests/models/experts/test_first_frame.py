@@ -1,4 +1,4 @@
-"""Experts that continue a given first frame, as Wan 2.2 TI2V does: clean, at time 0, and no part of the loss."""
+"""Experts that continue a given first frame, as Wan 2.2 TI2V and LTX-Video do: clean, at time 0, and no part of the loss."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.protocol.schema.model.training_spec import Optimisation
 from lutetia.system.errors import ConfigError
 from tests.models.tiny_experts import CONFIGS, LATENT, WAN, tiny_data, tiny_manifest
+
+LTX = ExpertSpec(class_name="LTXVideoTransformer3DModel", config=CONFIGS["LTXVideoTransformer3DModel"])
 
 
 def taking(share: float | None, spec: ExpertSpec = WAN) -> ExpertSpec:
@@ -45,6 +47,17 @@ def test_given_frame_is_clean_and_no_part_of_the_loss() -> None:
     error = (wrong - (noise - x0)).square()
     expected = torch.stack([error[row, :, 1:].mean() if given[row] else error[row].mean() for row in range(3)])
     assert torch.allclose(losses, expected)
+
+
+@torch.no_grad()
+def test_ltx_is_told_time_0_in_the_rows_with_a_given_frame() -> None:
+    model, data = build_expert(LTX, 1).eval(), tiny_data(2)
+    x, tokens, t = data.latents[:2], data.tokens[:2], torch.tensor([0.3, 0.8])
+    plain = call_expert(model, x, t, tokens)
+    assert torch.allclose(call_expert(model, x, t, tokens, given=torch.tensor([False, False])), plain, atol=1e-5)
+    mixed = call_expert(model, x, t, tokens, given=torch.tensor([True, False]))
+    assert torch.allclose(mixed[1], plain[1], atol=1e-5)
+    assert torch.dist(mixed[0], plain[0]) > 0.1
 
 
 @torch.no_grad()
@@ -90,9 +103,10 @@ def test_run_with_first_frames_needs_the_capability_and_a_transformer_that_takes
     with pytest.raises(ValidationError, match="need the capability first-frame; add it to needs"):
         tiny_manifest(1, expert=taking(0.9))
     check_fits(taking(0.9), LATENT)
-    other = ExpertSpec(class_name="LTXVideoTransformer3DModel", config=CONFIGS["LTXVideoTransformer3DModel"])
+    check_fits(taking(0.9, LTX), LATENT)
+    other = ExpertSpec(class_name="MochiTransformer3DModel", config=CONFIGS["MochiTransformer3DModel"])
     for spec, says in (
-        (taking(0.9, other), "LTXVideoTransformer3DModel takes no first frame; leave first_frame out, or use one of Wan"),
+        (taking(0.9, other), "MochiTransformer3DModel takes no first frame; leave first_frame out, or use one of LTXV.*, Wan"),
         (taking(0.9).model_copy(update={"noise_schedule": "vp_cosine"}), "first_frame needs patches of one frame and flow"),
     ):
         with pytest.raises(ConfigError, match=says):
