@@ -26,13 +26,15 @@ def merged(at: float, shard: int, epoch: int) -> Event:
     return LanesMerged.model_construct(time=at, acceptance=given(shard, epoch, "coordinator"))  # pyright: ignore[reportArgumentType]
 
 
-def test_samples_count_from_the_first_epoch_of_every_shard_on() -> None:
+def test_samples_count_from_the_first_accepted_result_of_every_node_on() -> None:
     events = [
-        lane(5.0, "ann", 40), merged(10.0, 0, 1), merged(20.0, 1, 1), lane(25.0, "ann", 40, 2), lane(26.0, "bob", 20, 2),
-        merged(30.0, 0, 2), merged(50.0, 0, 3), lane(61.0, "bob", 20, 4),
+        lane(5.0, "ann", 40), merged(10.0, 0, 1), lane(12.0, "ann", 40, 2), merged(15.0, 1, 1), lane(20.0, "bob", 20),
+        lane(25.0, "ann", 40, 2), lane(26.0, "bob", 20, 2), merged(30.0, 0, 2), merged(50.0, 0, 3), lane(61.0, "bob", 20, 4),
     ]  # fmt: skip
-    assert begins(events[:2], 2, 1) is None
-    assert begins(events, 2, 1) == 20.0
+    assert begins(events[:4], MANIFEST, 2) is None, "both shards have an epoch, and bob has delivered nothing"
+    assert begins(events, MANIFEST, 2) == 20.0
+    assert begins(events, MANIFEST, 1) == 5.0, "as if bob were the slow one"
+    assert begins(events, MANIFEST, 3) is None
     found = delivery(events, MANIFEST, 20.0, 60.0)
     assert (found.samples, found.authors, found.epochs) == (60, {"ann": 40, "bob": 20}, (20.0,))
     assert found.rate == pytest.approx(1.5)

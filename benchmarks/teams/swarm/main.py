@@ -7,6 +7,8 @@ bounds training only: what a node imports, fetches and writes is not slowed. Fou
 - lanes: eight nodes on two shards of four lanes;
 - killed: the same, and one node is killed (SIGKILL) when the measured time begins;
 - slow: the same as lanes, and one node has an eighth of the duty cycle.
+
+The measured time begins when each node has an accepted result; in the slow swarm, when each of the others has.
 """
 
 from __future__ import annotations
@@ -39,8 +41,6 @@ from lutetia.protocol.schema.model.training_spec import Optimisation
 SWARMS = ("pair", "lanes", "killed", "slow")
 SHARDS, LANES = 2, 4
 CLIPS = 320
-WARM = 1
-"""Epochs of every shard before the measured time."""
 LINES = "swarms.jsonl"
 
 
@@ -89,7 +89,7 @@ def _run(data: Path, folder: Path, swarm: str, arguments: argparse.Namespace) ->
 
 
 async def measure(swarm: str, run: CreatedRun, folder: Path, arguments: argparse.Namespace) -> Delivery:
-    """Serve the run to its nodes, and measure from the first epochs on."""
+    """Serve the run to its nodes, and measure once they are all at work."""
     nodes = SHARDS * (1 if swarm == "pair" else LANES)
     async with LocalSwarm(folder / "logs") as processes:
         await processes.serve(run.folder, "--stitch", "end", "--no-gallery")
@@ -102,7 +102,7 @@ async def measure(swarm: str, run: CreatedRun, folder: Path, arguments: argparse
             await processes.join(f"node-{number}", run.ticket, folder / f"node-{number}", *flags)
         begin = 0.0
         async for _ in polls(processes, 1.0):
-            begin = begins(read_events(run.folder), SHARDS, WARM) or 0.0
+            begin = begins(read_events(run.folder), run.manifest, nodes - (swarm == "slow")) or 0.0
             if begin:
                 break
         if swarm == "killed":

@@ -63,12 +63,16 @@ def epoch_ends(events: Iterable[Event]) -> dict[int, list[float]]:
     return dict(ends)
 
 
-def begins(events: Iterable[Event], shards: int, warm: int) -> float | None:
-    """When every shard had `warm` epochs; None while one has fewer. The measured time begins then: all nodes are at work."""
-    ends = epoch_ends(events)
-    if len(ends) < shards or any(len(times) < warm for times in ends.values()):
-        return None
-    return max(times[warm - 1] for times in ends.values())
+def begins(events: Iterable[Event], manifest: Manifest, nodes: int) -> float | None:
+    """When `nodes` peers had an accepted result each; None while fewer have. Then all of them are at work.
+
+    An epoch of each shard is not enough: lanes are merged at a quorum, so a node may still be starting then.
+    """
+    first: dict[str, float] = {}
+    for work in accepted_work(events, manifest):
+        first.setdefault(work.author, work.at)
+    times = sorted(first.values())
+    return times[nodes - 1] if len(times) >= nodes else None
 
 
 def delivery(events: Iterable[Event], manifest: Manifest, begin: float, end: float) -> Delivery:
