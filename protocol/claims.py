@@ -99,17 +99,25 @@ def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run}|{shard}|{epoch}|{owner}".encode()).digest()[:8], "big")
 
 
+def author_of(given: AcceptanceRecord, lane: int) -> str | None:
+    """Public key of the peer that trained this lane of the accepted epoch; None: nobody, or the record does not say who."""
+    if not given.lanes:
+        return given.author
+    return dict(zip(given.lanes, given.authors, strict=False)).get(lane)
+
+
 def shard_owner(run: str, view: ShardView, now: float) -> str | None:
     """The claimant that wins the shard now, or None. Callers leave out stalled claims first (`stalled_claims.current_holder`).
 
-    1. The author of the last acceptance wins while it has tenure and its claim lives.
+    1. The author of the last acceptance, of a slot that of its lane, wins while it has tenure and its claim lives.
     2. Else a peer that trains wins over one that is still claiming: a late claim never takes a shard from its holder.
     3. Among equals the lowest rendezvous hash wins.
     """
     live = {claim.record.owner: claim.record.state == "claiming" for claim in view.live(now)}
     accepted = view.acceptance
-    if accepted and accepted.author in live and now < accepted.tenure_until:
-        return accepted.author
+    author = author_of(accepted, shard_and_lane(view.shard)[1]) if accepted and now < accepted.tenure_until else None
+    if author in live:
+        return author
     return min(live, key=lambda owner: (live[owner], rendezvous(run, view.shard, view.epoch, owner)), default=None)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lutetia.protocol.claims import ShardView, shard_and_lane, shard_owner
+from lutetia.protocol.claims import ShardView, author_of, shard_and_lane, shard_owner
 
 IDLE = 2
 """Tenures without a rise of the reported samples after which a claim no longer counts."""
@@ -61,9 +61,12 @@ def observe_claims(known: Seen, view: ShardView, now: float, longest_gap: float)
 
 
 def _accepted_work_of(view: ShardView, owner: str) -> bool:
-    """Whether the last acceptance is `owner`'s, or one that was merged from results of this lane among others."""
-    given = view.acceptance
-    return given is not None and (given.author == owner or shard_and_lane(view.shard)[1] in given.lanes)
+    """Whether `owner` trained the last acceptance, or this lane of it. Where no record says who, it may be any claimant."""
+    given, lane = view.acceptance, shard_and_lane(view.shard)[1]
+    if given is None:
+        return False
+    author = author_of(given, lane)
+    return lane in given.lanes if author is None else author == owner
 
 
 def without_stalled(seen: Seen, view: ShardView, reader: str | None, tenure: float, interval: int, now: float) -> ShardView:

@@ -134,11 +134,11 @@ def copies_by_new_keys(epochs: int = 40, seed: int = 0) -> CopiesFound:
         if run().shards[0].accepted != base:
             base, ready = run().shards[0].accepted, scene.driver.now + EPOCH_SECONDS
         own = run().shards[0].acceptance
-        waiting = any(owner != honest.public_key for owner in run().shards[0].candidates)
+        waiting = any(one.record.owner != honest.public_key for one in run().shards[0].candidates.values())
         if not waiting and (own is None or own.checkpoint not in fakes):
             copies += 1
             fakes.add(scene.work(Identity.derived(f"copy {seed} {copies}")))
-        if scene.driver.now >= ready and honest.public_key not in run().shards[0].candidates:
+        if scene.driver.now >= ready and not run().shards[0].undecided_of(honest.public_key):
             trained += 1
             scene.work(honest)
         scene.lazy = next((fake for fake in fakes if fake == scene.driver.state.auditing), ".")

@@ -114,7 +114,7 @@ class _Scene:
     def lying(self, who: Identity, shard: int, origin: str) -> Callable[[], None]:
         def offer() -> None:
             ledger, told = self.driver.state.run.shards[shard], self.now
-            if who.public_key not in ledger.candidates:
+            if not ledger.undecided_of(who.public_key):
                 text = f"{told}"
                 record = make_record(self.driver.manifest, who, shard, ledger.epoch + 1, ledger.accepted, text)
                 self.offer(record, origin)
@@ -123,7 +123,7 @@ class _Scene:
         return offer
 
     def offer_honestly(self) -> None:
-        if self.honest.public_key not in self.driver.state.run.shards[0].candidates:
+        if not self.driver.state.run.shards[0].undecided_of(self.honest.public_key):
             record = make_record(self.driver.manifest, self.honest)
             self.offer(record, "203.0.113.1")
             self.at(self.now + 5.0, self.offer_honestly)

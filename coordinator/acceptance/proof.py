@@ -65,7 +65,11 @@ def stranger_may_ask(shard: ShardLedger, timing: Timing, now: float) -> bool:
 def waived(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> Verdict | None:
     """The verdict with which a doubtful result is accepted without a proof before; None: it needs one."""
     lately = transition.run.shards[record.shard].lineage[-PROVED_LATELY:]
-    if verdict.over is None or verdict.over > MOST_WITHOUT_PROOF or not any(link.proved for link in lately):
+    if (
+        verdict.over is None
+        or verdict.over > MOST_WITHOUT_PROOF
+        or not any(maker.proved for link in lately for maker in link.makers)
+    ):
         return None
     if transition.run.peer(record.owner).audited <= transition.run.peer(record.owner).convicted:
         return None
@@ -172,8 +176,8 @@ def ready_proofs(transition: JudgeTransition) -> Iterator[tuple[Proved, Verdict]
 
 def _doubted(transition: JudgeTransition, record: CheckpointRecord) -> WaitingResult | None:
     """The result as it waits; None: it was superseded or rolled back, or is to be checked under newer rules."""
-    candidate = transition.run.shards[record.shard].candidates.get(record.owner)
-    return candidate if candidate and candidate.record.digest == record.digest and candidate.doubt else None
+    candidate = transition.run.shards[record.shard].candidates.get((record.owner, record.digest))
+    return candidate if candidate and candidate.doubt else None
 
 
 def _verdict(transition: JudgeTransition, candidate: WaitingResult, finding: AuditFinding) -> Verdict | None:

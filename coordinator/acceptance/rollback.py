@@ -207,8 +207,7 @@ def quarantine(transition: JudgeTransition, event: PeerQuarantined | QuarantineR
                     )
                 )
     for index in sorted(transition.state.pending):
-        waiting = transition.run.shards[index].candidates.get(event.owner)
-        if waiting:
+        for waiting in transition.run.shards[index].undecided_of(event.owner):
             why = Verdict("invalid", "quarantine", "its author was quarantined meanwhile")
             transition.write(refusal(waiting.record, why, transition.now))
             _forget_check(transition, index, event.owner)

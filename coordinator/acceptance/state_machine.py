@@ -23,6 +23,7 @@ from lutetia.coordinator.acceptance.audit_policy import (
 )
 from lutetia.coordinator.acceptance.checks import RecordUnderCheck, Verdict, check_quarantine, check_size, first_failure
 from lutetia.coordinator.acceptance.intake.fetch_queue import (
+    LANES_OF_OWNER,
     UNKNOWN_ORIGINS,
     forget_gone,
     gives_way,
@@ -168,12 +169,18 @@ class _ResultTransition(JudgeTransition):
         if offer.via == "offer":
             origin = offer.origin or UNKNOWN_ORIGINS["offer"]
             self.set(origins=self.state.origins.set(record.owner, origin))
-        if record.owner in shard.candidates or not self._has_place(shard, offer):
+        if self._waits_for_own(shard, record) or not self._has_place(shard, offer):
             text = f"a result for epoch {record.epoch} of shard {record.shard} is still being checked"
             return OfferReply(verdict="busy", text=text, retry_after=self.rules.retry_delay)
         self.write(ResultSeen(time=self.now, record=record, via=offer.via))
         self.set(pending=self.state.pending | {record.shard})
         return OfferReply(verdict="queued")
+
+    @staticmethod
+    def _waits_for_own(shard: ShardLedger, record: CheckpointRecord) -> bool:
+        """Whether a result of the same owner has to be decided first: one of the same lane, or the oldest of many lanes."""
+        own = shard.undecided_of(record.owner)
+        return len(own) >= LANES_OF_OWNER or any(one.record.lane == record.lane for one in own)
 
     def _has_place(self, shard: ShardLedger, offer: Offered) -> bool:
         """Whether there is a place, or another result gives its own up because it is behind this one in line.
@@ -294,7 +301,7 @@ class _ResultTransition(JudgeTransition):
     def _accept_or_hold(self, record: CheckpointRecord, verdict: Verdict) -> None:
         if audits_lag(self.run, record.shard, record.epoch):
             return  # a conviction made the audit of an old epoch due: the result waits, and is checked again after the audits
-        if is_paused(self.rules) or self._is_held(self.run.shards[record.shard].candidates[record.owner]):
+        if is_paused(self.rules) or self._is_held(self.run.shards[record.shard].candidates[record.owner, record.digest]):
             self.set(held={**self.state.held, key_of(record): verdict})
         else:
             self._accept_checked(record, verdict)
@@ -331,7 +338,7 @@ class _ResultTransition(JudgeTransition):
             note_proof(self, proved.record, proved)
 
     def _dismiss(self, record: CheckpointRecord, verdict: Verdict, final: bool = False) -> None:
-        candidate = self.run.shards[record.shard].candidates[record.owner]
+        candidate = self.run.shards[record.shard].candidates[record.owner, record.digest]
         again_at = None
         if verdict.outcome == "inconclusive" and not final and candidate.attempts + 1 < self.rules.attempts:
             again_at = self.now + self.rules.retry_after(candidate.attempts)

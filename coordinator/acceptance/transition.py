@@ -216,8 +216,7 @@ def earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -
     if record.epoch <= shard.epoch:
         text = f"epoch {shard.epoch} of shard {record.shard} was accepted from another result; sync it and go on from there"
         return OfferReply(verdict="superseded", text=text)
-    waiting = shard.candidates.get(record.owner)
-    if waiting and waiting.record.digest == digest:
+    if (record.owner, digest) in shard.candidates:
         return OfferReply(verdict="queued")
     match shard.judged.get((record.owner, digest)):
         case ResultRefused() as refusal:

@@ -212,7 +212,7 @@ def _published(state: RunState, event: ManifestPublished) -> Changes:
 def _without_refusals(shards: PersistentMap[int, ShardLedger]) -> PersistentMap[int, ShardLedger]:
     for index, shard in tuple(shards.items()):
         kept = {key: verdict for key, verdict in shard.judged.items() if not isinstance(verdict, ResultRefused)}
-        waiting = {owner: replace(candidate, doubt=None) for owner, candidate in shard.candidates.items()}
+        waiting = {key: replace(candidate, doubt=None) for key, candidate in shard.candidates.items()}
         if len(kept) < len(shard.judged) or any(candidate.doubt for candidate in shard.candidates.values()):
             shards = shards.set(index, shard.updated(judged=kept, candidates=waiting, refuted=0, refuted_at=0.0))
     return shards
@@ -223,16 +223,18 @@ def _seen(state: RunState, event: ResultSeen) -> Changes:
     shard = shard_of(state, record.shard)
     if record.epoch != shard.epoch + 1 or record.parent != shard.accepted:
         raise LedgerOutOfOrder(f"a result for epoch {record.epoch} of shard {record.shard} cannot follow epoch {shard.epoch}")
-    candidates = {**shard.candidates, record.owner: WaitingResult(record, event.time)}
+    others = {
+        key: other
+        for key, other in shard.candidates.items()
+        if (other.record.owner, other.record.lane) != (record.owner, record.lane)
+    }
+    candidates = {**others, (record.owner, record.digest): WaitingResult(record, event.time)}
     return {"shards": state.shards.set(record.shard, shard.updated(candidates=candidates))}
 
 
 def _settled(shard: ShardLedger, verdict: ResultRefused | ResultSuperseded) -> ShardLedger:
     """The shard without that candidate, with its verdict; the oldest verdicts are dropped, so that a flood costs no memory."""
-    candidate = shard.candidates.get(verdict.owner)
-    waiting = shard.candidates
-    if candidate and candidate.record.digest == verdict.checkpoint:
-        waiting = {owner: other for owner, other in waiting.items() if owner != verdict.owner}
+    waiting = {key: other for key, other in shard.candidates.items() if key != (verdict.owner, verdict.checkpoint)}
     if verdict.epoch != shard.epoch + 1:
         return shard.updated(candidates=waiting)
     judged = {**shard.judged, (verdict.owner, verdict.checkpoint): verdict}
@@ -243,21 +245,21 @@ def _settled(shard: ShardLedger, verdict: ResultRefused | ResultSuperseded) -> S
 
 def _doubted(state: RunState, event: ResultDoubted) -> Changes:
     shard = shard_of(state, event.shard)
-    candidate = shard.candidates.get(event.owner)
-    if candidate is None or candidate.record.digest != event.checkpoint:
+    candidate = shard.candidates.get((event.owner, event.checkpoint))
+    if candidate is None:
         raise LedgerOutOfOrder(f"a result of shard {event.shard} is doubted that does not wait; restore it from a backup")
-    candidates = {**shard.candidates, event.owner: replace(candidate, doubt=event)}
+    candidates = {**shard.candidates, (event.owner, event.checkpoint): replace(candidate, doubt=event)}
     return {"shards": state.shards.set(event.shard, shard.updated(candidates=candidates)), "spent": add_costs(state, event.costs)}
 
 
 def _refused(state: RunState, event: ResultRefused) -> Changes:
     shard = shard_of(state, event.shard)
-    candidate = shard.candidates.get(event.owner)
-    if candidate and candidate.doubt and candidate.record.digest == event.checkpoint:
+    candidate = shard.candidates.get((event.owner, event.checkpoint))
+    if candidate and candidate.doubt:
         shard = shard.updated(refuted=shard.refuted + 1, refuted_at=event.time)
-    if event.again_at is not None and candidate and candidate.record.digest == event.checkpoint:
+    if event.again_at is not None and candidate:
         again = replace(candidate, attempts=candidate.attempts + 1, not_before=event.again_at)
-        shard = shard.updated(candidates={**shard.candidates, event.owner: again})
+        shard = shard.updated(candidates={**shard.candidates, (event.owner, event.checkpoint): again})
     else:
         shard = _settled(shard, event)
     changes: Changes = {
@@ -306,7 +308,7 @@ def _accepted(state: RunState, event: CheckpointAccepted) -> Changes:
         raise LedgerOutOfOrder(f"epoch {given.epoch} of shard {given.shard} cannot be accepted on epoch {shard.epoch}")
     if event.note:
         state = replace(state, **_forgiven(state, shard))
-    candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
+    candidates = {key: other for key, other in shard.candidates.items() if key != (given.author, given.checkpoint)}
     link = _link(state, shard, event)
     credit = credit_accepted(state, given, link.samples, event.time)
     shard = shard.updated(
@@ -327,7 +329,7 @@ def _lane_accepted(state: RunState, event: LaneAccepted) -> Changes:
     if event.note:
         state = replace(state, **_forgiven(state, shard))
     link = replace(_link(state, shard, event), samples=event.samples)
-    candidates = {owner: other for owner, other in shard.candidates.items() if owner != given.author}
+    candidates = {key: other for key, other in shard.candidates.items() if key != (given.author, given.checkpoint)}
     shard = shard.updated(gathered={**shard.gathered, link.lane: link}, candidates=candidates)
     return {
         "shards": state.shards.set(given.shard, shard), "peers": _with_accepted(state, event),
@@ -352,8 +354,7 @@ def _with_accepted(state: RunState, event: CheckpointAccepted | LaneAccepted) ->
 
 def _link(state: RunState, shard: ShardLedger, event: CheckpointAccepted | LaneAccepted) -> AcceptedEpoch:
     given = event.acceptance
-    waiting = shard.candidates.get(given.author)
-    record = waiting.record if waiting and waiting.record.digest == given.checkpoint else None
-    made = (record.trace, record.made) if record else (None, None)
+    waiting = shard.candidates.get((given.author, given.checkpoint))
+    made = (waiting.record.trace, waiting.record.made) if waiting else (None, None)
     samples = trained_samples(shard, given)
     return AcceptedEpoch(given, event.time, state.budgets, *made, proved=bool(event.note), samples=samples)

@@ -52,6 +52,8 @@ class WaitingResult:
     """It failed a loss check and waits for the replay of its epoch."""
 
 
+Undecided = Annotated[Mapping[tuple[str, str], WaitingResult], AsPairs()]
+"""(owner, checkpoint) -> a result that waits for its checks: of each owner at most one in each lane."""
 Judged = Annotated[Mapping[tuple[str, str], ResultRefused | ResultSuperseded], AsPairs()]
 """(owner, checkpoint) -> final verdict."""
 
@@ -139,7 +141,7 @@ class ShardChanges(TypedDict, total=False):
     term: int
     lineage: tuple[AcceptedEpoch, ...]
     suspects: tuple[str, ...]
-    candidates: Mapping[str, WaitingResult]
+    candidates: Undecided
     judged: Judged
     gathered: Mapping[int, AcceptedEpoch]
     refused_merge: MergeRefused | None
@@ -164,8 +166,7 @@ class ShardLedger:
     """The last HISTORY accepted epochs, oldest first."""
     suspects: tuple[str, ...] = ()
     """Accepted epochs that an audit found invalid, while it is not decided whether the epochs after them are kept."""
-    candidates: Mapping[str, WaitingResult] = field(default_factory=dict)
-    """Results that wait for their checks, by owner."""
+    candidates: Undecided = field(default_factory=dict)
     judged: Judged = field(default_factory=dict)
     """Final verdicts on results for the epoch after `epoch`; refusals only those under the newest manifest."""
     gathered: Mapping[int, AcceptedEpoch] = field(default_factory=dict)
@@ -184,6 +185,10 @@ class ShardLedger:
     def accepted(self) -> str | None:
         """Digest of the accepted checkpoint: the only parent that the next one may have."""
         return self.acceptance.checkpoint if self.acceptance else None
+
+    def undecided_of(self, owner: str) -> tuple[WaitingResult, ...]:
+        """The results of this peer that wait for their checks: in a run without lanes at most one."""
+        return tuple(candidate for candidate in self.candidates.values() if candidate.record.owner == owner)
 
     @property
     def failed_losses(self) -> tuple[ResultRefused, ...]:
@@ -384,8 +389,10 @@ class RunState:
 
     def pace(self, owner: str, shard: int) -> Pace | None:
         """The peer's pace on the shard; None unless its last accepted result or the shard's newest epoch shows it there."""
-        peer, acceptance = self.peer(owner), self.shards[shard].acceptance
+        peer, ledger = self.peer(owner), self.shards[shard]
+        acceptance, newest = ledger.acceptance, ledger.lineage[-1].sources if ledger.lineage else ()
         at_it = peer.shard == shard or (acceptance is not None and acceptance.author == owner)
+        at_it = at_it or any(source.acceptance.author == owner for source in (*newest, *ledger.gathered.values()))
         return peer.paces.get(shard) if at_it else None
 
     def peer(self, owner: str) -> PeerLedger:

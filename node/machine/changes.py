@@ -90,3 +90,4 @@ class WorkChanges(TypedDict, total=False):
     unjudged: int
     ahead: int
     gathered: bool
+    merge_look_at: float

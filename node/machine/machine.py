@@ -86,7 +86,8 @@ def _clock_went_back(transition: NodeTransition) -> None:
     if work := transition.state.work:
         transition.set_work(
             progress_at=min(work.progress_at, transition.now), restart_at=min(work.restart_at, soon),
-            offer_at=min(work.offer_at, soon), sync_at=None if work.sync_at is None else min(work.sync_at, soon),
+            offer_at=min(work.offer_at, soon), merge_look_at=min(work.merge_look_at, soon),
+            sync_at=None if work.sync_at is None else min(work.sync_at, soon),
         )  # fmt: skip
 
 

@@ -117,6 +117,11 @@ class NodeRules:
     def lease(self) -> float:
         return lease_seconds(self.heartbeat)
 
+    @property
+    def merge_look(self) -> float:
+        """Seconds between two looks for the merge: the trainer stands still until it is seen."""
+        return self.heartbeat / 4
+
     def jitter(self, *words: object) -> float:
         """A number in [0, 1) that depends only on run, node and `words`."""
         text = "|".join((self.run, self.owner, *map(str, words)))
@@ -178,6 +183,8 @@ class ShardWork:
     """Own checkpoints that may wait because no coordinator answers; 0: one answers."""
     gathered: bool = False
     """The result of this lane is accepted, and waits for the merge with those of other lanes."""
+    merge_look_at: float = 0.0
+    """When to look next whether the lanes are merged."""
 
     @property
     def stand(self) -> Stand:
@@ -311,4 +318,6 @@ def _work_times(rules: NodeRules, state: MachineState, work: ShardWork) -> list[
         times.append(work.hung_at(rules))
     if work.pending and work.offering is None and state.online and state.may_offer:
         times.append(work.offer_at)
+    if work.gathered and state.online:
+        times.append(work.merge_look_at)
     return times

@@ -23,6 +23,7 @@ def offer_answered(transition: NodeTransition, event: OfferAnswered) -> None:
             transition.do(LookAtShards((work.shard,)))
         case "gathered":
             transition.set_work(offer_at=transition.now + rules.lease * jitter, gathered=True, unjudged=0)
+            transition.set_work(merge_look_at=transition.now + rules.merge_look * jitter)
             transition.set(rejections={**transition.state.rejections, work.shard: 0})
             if transition.state.phase == "draining" or not work.owned:  # nothing of this node is left to be decided
                 transition.set_work(pending=())

@@ -9,6 +9,7 @@ from lutetia.node.machine.messages import (
     CheckpointReady,
     DiscardWork,
     Exit,
+    LookAtShards,
     ManifestChanged,
     PublishCheckpoint,
     StartTrainer,
@@ -183,6 +184,10 @@ def continue_work(transition: NodeTransition) -> None:
     if work and work.pending and work.offering is None and state.online and state.may_offer and now >= work.offer_at:
         transition.set_work(offering=work.pending[0].digest)
         transition.do(PublishCheckpoint(work.pending[0]))
+    work = transition.state.work
+    if work and work.gathered and state.online and now >= work.merge_look_at:
+        transition.set_work(merge_look_at=now + transition.rules.merge_look)
+        transition.do(LookAtShards((work.shard,)))
     if transition.state.phase in ("training", "publishing") and transition.state.work:
         _finish_shard(transition)
     _hand_back_when_spent(transition)

@@ -277,9 +277,9 @@ class NodeNetwork:
         return [*(provider for provider in providers if provider.peer_id not in known), *coordinators]
 
     def has_accepted_work(self, peer_id: str) -> bool:
-        """Whether a peer is a coordinator or the author of a shard's newest acceptance."""
+        """Whether a peer is a coordinator, or trained a shard's newest acceptance or a lane of it."""
         owner = public_key_of(peer_id)
-        authors = (acceptance.author for acceptance in self.acceptances.values())
+        authors = (author for given in self.acceptances.values() for author in (given.author, *given.authors))
         return owner is not None and (owner in self.manifest.coordinators or owner in authors)
 
     def replace_transport(self, transport: Transport) -> None:

@@ -43,6 +43,8 @@ MAX_RECORD_BYTES = 4096
 NODE_BUCKETS = 16
 MAX_QUARANTINED = 48
 MOST_DEVICES = 16
+MOST_AUTHORS = 20
+"""Authors of merged lanes that an acceptance has room for."""
 _REMEMBERED = 8192  # records whose signatures are known: about 20 MB
 _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
@@ -195,6 +197,9 @@ class AcceptanceRecord(_Record):
     term: EpochCount = Field(default=0, description="How often the shard was rolled back before")
     lanes: Annotated[tuple[LaneIndex, ...], Field(max_length=MOST_LANES)] = added(
         (), "Lanes whose results were merged into this epoch; its author is then the coordinator"
+    )
+    authors: tuple[PublicKey, ...] = added(
+        (), "Public keys of those who trained the first of these lanes, in the order of `lanes`", max_length=MOST_AUTHORS
     )
 
     def key(self) -> str:

@@ -160,3 +160,23 @@ def test_claim_on_a_lane_lives_while_its_lane_is_merged() -> None:
     with_lane = merged.model_copy(update={"epoch": 61, "lanes": (0, 1)})
     seen = observe_claims(seen, ShardView(slot, view.claims, with_lane), now, 2 * tenure)
     assert without_stalled(seen, ShardView(slot, view.claims, with_lane), None, tenure, 8, now).claims
+
+
+def test_author_of_a_merged_lane_has_tenure_in_that_lane_alone() -> None:
+    author, rival = sorted(PEERS[:2], key=lambda peer: rendezvous(RUN, slot_of(0, 2), 1, peer), reverse=True)
+    accepted = acceptance(COORDINATOR.public_key).model_copy(update={"lanes": (0, 2), "authors": (PEERS[3], author)})
+    live = tuple(claim(peer, state="training") for peer in (author, rival))
+    assert shard_owner(RUN, ShardView(slot_of(0, 2), live, accepted), NOW) == author
+    assert shard_owner(RUN, ShardView(slot_of(0, 2), live, accepted.model_copy(update={"authors": ()})), NOW) == rival
+    assert shard_owner(RUN, ShardView(slot_of(0, 2), live, accepted), NOW + 61) is None, "its claim has expired"
+    other = tuple(claim(peer, state="training") for peer in (author, rival))
+    winner = min((author, rival), key=lambda peer: rendezvous(RUN, slot_of(0, 1), 1, peer))
+    assert shard_owner(RUN, ShardView(slot_of(0, 1), other, accepted), NOW) == winner
+
+
+def test_merge_proves_the_claim_of_the_lanes_author_and_no_other() -> None:
+    slot, before = slot_of(0, 2), {peer: ClaimHistory((0, 0), 5, 1.0, 1.0, NOW - 1) for peer in PEERS[:2]}
+    accepted = acceptance(COORDINATOR.public_key).model_copy(update={"lanes": (2,), "authors": (PEERS[0],)})
+    live = tuple(claim(peer, state="training") for peer in PEERS[:2])
+    seen = observe_claims(before, ShardView(slot, live, accepted), NOW, 60.0)
+    assert [seen[peer].since for peer in PEERS[:2]] == [NOW, 1.0]

@@ -24,6 +24,8 @@ UNKNOWN_ORIGINS = {"offer": "relay", "poll": "dht"}
 """The source of results whose origin is not known, by the way they came: an address in a record proves nothing."""
 _PLACES_OF_ORIGIN, _PLACES_OF_UNKNOWN = (2, 1), (8, 4)
 """Fetches at once of unknown owners behind one network origin, or of no known origin: in all shards, and in one."""
+LANES_OF_OWNER = 8
+"""Undecided results of one owner in one shard, each of another lane: as many as all keys of one address may have."""
 LONG_FETCH = 300.0
 """Seconds for which an unknown owner's result keeps its place in a full shard while it arrives."""
 LEAST_PATIENCE = 1 / 8
@@ -89,7 +91,8 @@ def gives_way(state: JudgeState, newcomer: WaitingResult) -> WaitingResult | Non
 def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     """The waiting results that may be fetched now, best first. The caller starts each before it asks for the next.
 
-    Unknown owners get at most three quarters of all places, so that no other has to wait for them.
+    Unknown owners get at most three quarters of all places, so that no other has to wait for them. Of the lanes of one owner in a
+    shard one is fetched at a time: many lanes give nobody more places.
     """
     state, rules = transition.state, transition.rules
     if len(state.fetching) >= rules.fetches_at_once:
@@ -100,11 +103,13 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     of_source = Counter(source_of(state, record) for record in strangers)
     of_source_here = Counter((source_of(state, record), record.shard) for record in strangers)
     slots = Counter(_slot(candidate) for candidate in held)
+    owners = {(candidate.record.shard, candidate.record.owner) for candidate in held}
     arrived = {_slot(candidate) for candidate in _candidates(state, [*state.fetched, *state.held])}
     for candidate in in_line(state, _ready(transition, strangers_too=free_to_strangers > 0), held):
         shard, slot, source = candidate.record.shard, _slot(candidate), source_of(state, candidate.record)
         places = 1 if slot in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
-        if free <= 0 or slots[slot] >= places:
+        owner = shard, candidate.record.owner
+        if free <= 0 or slots[slot] >= places or owner in owners:
             continue
         if not is_known(state.run, candidate.record.owner):
             most, most_here = _PLACES_OF_UNKNOWN if source in UNKNOWN_ORIGINS.values() else _PLACES_OF_ORIGIN
@@ -116,6 +121,7 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
         yield candidate
         free -= 1
         slots[slot] += 1
+        owners.add(owner)
 
 
 def _slot(candidate: WaitingResult) -> int:
@@ -148,16 +154,16 @@ def next_held(state: JudgeState, shard: int, draw: Callable[[str], float]) -> li
 
 
 def next_checks(transition: JudgeTransition) -> list[WaitingResult]:
-    """The results that have arrived and wait for their checks, best first."""
+    """The results that have arrived and wait for their checks, best first; those of sources under check after others."""
     state = transition.state
-    ready = _candidates(state, state.fetched.keys())
-    return in_line(state, (candidate for candidate in ready if _slot(candidate) not in state.checking))
+    there = list(_candidates(state, state.fetched.keys()))
+    checked = [one for one in there if state.checking.get(_slot(one)) == (one.record.owner, one.record.digest)]
+    return in_line(state, (candidate for candidate in there if _slot(candidate) not in state.checking), checked)
 
 
 def _candidates(state: JudgeState, keys: Collection[FetchKey]) -> Iterator[WaitingResult]:
     for shard, owner, digest in sorted(keys):
-        candidate = state.run.shards[shard].candidates.get(owner)
-        if candidate and candidate.record.digest == digest:
+        if candidate := state.run.shards[shard].candidates.get((owner, digest)):
             yield candidate
 
 

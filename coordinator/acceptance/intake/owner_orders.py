@@ -31,13 +31,12 @@ def dismiss_banned(transition: JudgeTransition) -> None:
         return
     banned = {ban.peer for ban in orders.banned}
     for index in sorted(transition.state.pending):
-        candidates = transition.run.shards[index].candidates
-        for owner in sorted(banned & candidates.keys()):
-            record = candidates[owner].record
-            verdict = Verdict("invalid", "quarantine", orders.refusal_of(owner))
+        candidates = transition.run.shards[index].candidates.values()
+        for record in [candidate.record for candidate in candidates if candidate.record.owner in banned]:
+            verdict = Verdict("invalid", "quarantine", orders.refusal_of(record.owner))
             transition.write(refusal(record, verdict, transition.now))
             slot = slot_of(index, record.lane)
-            if transition.state.checking.get(slot) == (owner, record.digest):
+            if transition.state.checking.get(slot) == (record.owner, record.digest):
                 transition.set(checking={other: key for other, key in transition.state.checking.items() if other != slot})
             transition.actions.append(DiscardCandidate(record))
         transition.tidy(index)

@@ -92,7 +92,8 @@ def may_become_candidate(run: RunState, record: CheckpointRecord) -> bool:
     shard = run.shards.get(record.shard)
     if shard is None or record.epoch != shard.epoch + 1 or record.parent != shard.accepted or record.owner in run.quarantined:
         return False
-    return record.owner not in shard.candidates and (record.owner, record.digest) not in shard.judged
+    waits = any(one.record.lane == record.lane for one in shard.undecided_of(record.owner))
+    return not waits and (record.owner, record.digest) not in shard.judged
 
 
 @dataclass
@@ -167,7 +168,7 @@ def forget_offers(transition: JudgeTransition) -> None:
 def forget_origins(transition: JudgeTransition) -> None:
     """Forget the origins of peers without an undecided result."""
     state = transition.state
-    waiting = {owner for index in state.pending for owner in state.run.shards[index].candidates}
+    waiting = {one.record.owner for index in state.pending for one in state.run.shards[index].candidates.values()}
     if any(owner not in waiting for owner in state.origins):
         kept: PersistentMap[str, str] = PersistentMap()
         for owner in sorted(waiting & state.origins.keys()):

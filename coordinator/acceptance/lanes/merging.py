@@ -3,9 +3,13 @@
 Each lane's result passes the checks and audits of any result, on the accepted parent. It is then *gathered*. The gathered results
 of a shard are merged as soon as
 
-- the manifest's quorum of lanes is there, or
 - no lane at which a node works is missing, or
+- the manifest's quorum of lanes is there, or
 - the first of them has waited for the manifest's deadline.
+
+Equal nodes end an epoch some seconds apart, and what comes after the merge is lost. So at the quorum the merge waits a little
+longer, GRACE of the epoch's time so far, for lanes at work that were in the merge before, and in one epoch of ALL_EVERY for all
+lanes at work, so that a node that fell out comes in again. For who never delivers nothing waits in between.
 
 So nothing waits for a slow node longer than the owner wants. A result that comes later is superseded, one that was accepted while
 the merge was made is left out, and both keep their authors' records: whatever was accepted counts as accepted and credited.
@@ -32,7 +36,17 @@ from lutetia.coordinator.ledger.events import LaneAccepted, LaneDropped, LanesMe
 from lutetia.coordinator.ledger.run_state import LOSS_CHECKS, AcceptedEpoch, ShardLedger
 from lutetia.protocol.claims import slot_of
 from lutetia.protocol.schema.model.team_spec import TeamSpec
-from lutetia.protocol.schema.records import CheckpointRecord
+from lutetia.protocol.schema.records import MOST_AUTHORS, CheckpointRecord
+
+GRACE = 1 / 8
+"""Of an epoch's time up to its quorum: so much longer the merge waits for lanes that are likely to come."""
+ALL_EVERY = 4
+"""In one epoch of so many it waits for all lanes at work."""
+
+
+def quorum_of(team: TeamSpec) -> int:
+    """Accepted results that are enough for a merge."""
+    return math.ceil(team.quorum * team.lanes)
 
 
 def merge_due(ledger: ShardLedger, team: TeamSpec, at_work: Collection[int] | None) -> float:
@@ -46,9 +60,20 @@ def merge_due(ledger: ShardLedger, team: TeamSpec, at_work: Collection[int] | No
     if any(link.acceptance.term < ledger.term for link in ledger.gathered.values()):
         return first  # they were merged before, with a result that proved invalid
     missing = None if at_work is None else {*at_work} - ledger.gathered.keys()
-    if len(ledger.gathered) >= math.ceil(team.quorum * team.lanes) or (missing is not None and not missing):
+    if missing is not None and not missing:
         return first
-    return first + team.deadline
+    needed, times = quorum_of(team), sorted(link.at for link in ledger.gathered.values())
+    if len(times) < needed:
+        return first + team.deadline
+    return min(times[needed - 1] + _grace(ledger, missing or (), times[needed - 1]), first + team.deadline)
+
+
+def _grace(ledger: ShardLedger, missing: Collection[int], quorum_at: float) -> float:
+    """Seconds that the merge waits after its quorum, which was there at `quorum_at`, for these lanes at work."""
+    if ledger.acceptance is None or ledger.accepted_at is None:
+        return 0.0  # nodes begin a first epoch at any time
+    expected = (ledger.epoch + 1) % ALL_EVERY == 0 or not {*ledger.acceptance.lanes}.isdisjoint(missing)
+    return GRACE * max(0.0, quorum_at - ledger.accepted_at) if missing and expected else 0.0
 
 
 def gather(transition: JudgeTransition, record: CheckpointRecord, verdict: Verdict) -> None:
@@ -174,6 +199,8 @@ def _accept_merged(transition: JudgeTransition, record: CheckpointRecord, verdic
     assert verdict.loss is not None
     assert verdict.parent_loss is not None
     acceptance = acceptance_of(transition.rules, record, ledger.term, verdict.loss, transition.now, lanes)
+    authors = tuple(ledger.gathered[lane].acceptance.author for lane in lanes[:MOST_AUTHORS])
+    acceptance = acceptance.model_copy(update={"authors": authors})
     transition.write(
         LanesMerged(
             time=transition.now, acceptance=acceptance, trace=record.trace, sources=sources, parent_loss=verdict.parent_loss,

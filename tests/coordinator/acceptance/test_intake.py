@@ -185,7 +185,7 @@ async def test_a_known_blob_with_a_wrong_size_is_refused(tmp_path: Path):
         longer = [ref.model_copy(update={"size": ref.size + 1}) for ref in (weights, state)]
         lie = made_of(room.manifest, PEERS[2], [*longer, trace])
         assert (await room.offer(lie)).verdict == "queued"
-        run = await room.until(lambda run: PEERS[2].public_key not in run.shards[0].candidates)
+        run = await room.until(lambda run: not run.shards[0].undecided_of(PEERS[2].public_key))
         assert run.accepted == 0
         reply = await room.offer(lie)
         assert (reply.verdict, reply.check) == ("invalid", "transfer")

@@ -245,7 +245,7 @@ def test_strangers_do_not_delay_the_proof_of_a_known_author():
     known = fails(driver, KNOWN)
     prove(driver, second, "invalid")
     assert [proof.record for proof in proofs(driver)] == [second, known]
-    assert THIRD.public_key not in driver.state.run.shards[0].candidates
+    assert not driver.state.run.shards[0].undecided_of(THIRD.public_key)
 
 
 def test_the_forfeited_streak_comes_back():
@@ -330,4 +330,4 @@ def test_the_trust_of_a_proof_fades():
     driver.offer(record)
     driver.send(CheckDone(record, Verdict("invalid", "holdout", "worse again", 0.7, 0.6, over=0.1), driver.now))
     assert driver.state.run.shards[0].epoch == shard.epoch
-    assert driver.state.run.shards[0].candidates[KNOWN.public_key].doubt
+    assert driver.state.run.shards[0].undecided_of(KNOWN.public_key)[0].doubt

@@ -92,7 +92,7 @@ def test_one_stranger_cannot_make_a_shard_red_but_two_can():
 def test_a_proof_is_shown_once_it_takes_longer_than_a_lease():
     driver = started()
     refused(driver, HOLDER, loss=0.6)
-    assert driver.state.run.shards[0].candidates[HOLDER.public_key].doubt
+    assert driver.state.run.shards[0].undecided_of(HOLDER.public_key)[0].doubt
     assert stall(driver) is None
     driver.now += driver.manifest.timing.lease + 1
     found = stall(driver)

@@ -30,6 +30,7 @@ def acceptance(shard: int, epoch: int, digest: str, author: str, tenure_until: f
         "tenure_until": tenure_until,
         "term": term,
         "lanes": (),
+        "authors": (),
     }
     return cast(AcceptanceRecord, SimpleNamespace(**fields))
 

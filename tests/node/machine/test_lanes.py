@@ -76,6 +76,11 @@ def test_gathered_result_waits_for_the_merge_and_training_goes_on_from_it() -> N
     driver.feed(m.OfferAnswered(driver.now, "own", "gathered"))
     driver.feed(m.TrainerProgress(driver.now, driver.state.trainers_started, 1, 1000, waiting=True))
     assert "waits for the merge of the lanes" in driver.state.why
+    waited = driver.now
+    for look in range(1, 4):
+        driver.until(m.LookAtShards)
+        driver.feed(m.SwarmSeen(driver.now, (claimed(SECOND, ME, T + 1e6),)))
+        assert driver.now - waited <= look * 1.25 * RULES.heartbeat / 4, "the merge is seen soon after it"
     driver.feed(m.SwarmSeen(driver.now, (merged(1, "all"),)))
     assert driver.actions_of(m.Sync) == [m.Sync(SECOND, 1, "all")]
     driver.feed(m.SyncDone(driver.now, SECOND, 1, "all"))

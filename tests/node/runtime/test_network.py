@@ -10,7 +10,8 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.dht_records import read_records
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.schema.identity import Identity, peer_id_of
-from lutetia.protocol.schema.records import Hardware, NodeRecord, node_key
+from lutetia.protocol.schema.model.blob_ref import BlobRef
+from lutetia.protocol.schema.records import AcceptanceRecord, Hardware, NodeRecord, node_key
 from lutetia.protocol.schema.ticket import Ticket
 from lutetia.protocol.transport.hivemind.transport import connect_hivemind
 from tests.node.tiny_run import OWNER, make_run
@@ -35,5 +36,13 @@ async def test_addresses_unfit_for_records_are_left_out(tmp_path: Path):
         assert record.addresses == (f"{good}/p2p/{NODE.peer_id}",)
         assert network.has_accepted_work(peer_id_of(run.manifest.coordinators[0]))
         assert not network.has_accepted_work(NODE.peer_id)
+        coordinator, lane = run.manifest.coordinators[0], Identity.derived("author of a lane")
+        merged = AcceptanceRecord(
+            run=run.manifest.run_id, owner=coordinator, issued=1.0, shard=0, epoch=1, checkpoint="1" * 64, parent=None,
+            weights=BlobRef(digest="2" * 64, size=1), state=BlobRef(digest="3" * 64, size=1), samples=8, author=coordinator,
+            tenure_until=2.0, holdout_loss=0.5, lanes=(1,), authors=(lane.public_key,),
+        )  # fmt: skip
+        network.acceptances[0] = merged
+        assert network.has_accepted_work(lane.peer_id), "a place among the inbound streams is kept for it"
     finally:
         await transport.close()

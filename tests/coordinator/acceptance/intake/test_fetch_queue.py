@@ -162,7 +162,7 @@ def test_full_shard_makes_room_for_another_origin():
     crowd = [*sybils(driver, 8), *sybils(driver, 8, "198.51.100.2", name="more ")]
     honest = make_record(driver.manifest, PEERS[0])
     assert driver.offer(honest, origin=OTHER).verdict == "queued"
-    gone = [record for record in crowd if record.owner not in driver.state.run.shards[0].candidates]
+    gone = [record for record in crowd if (record.owner, record.digest) not in driver.state.run.shards[0].candidates]
     assert len(gone) == 1
     assert [action.record for action in driver.actions if isinstance(action, DiscardCandidate)] == gone
     refusal = next(event for event in driver.events if isinstance(event, ResultRefused))

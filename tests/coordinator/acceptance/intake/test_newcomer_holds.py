@@ -251,7 +251,7 @@ def test_copies_by_ever_new_keys_do_not_stop_a_shard():
 def test_hold_names_the_epoch_its_author_and_what_stands_on_it():
     driver, newcomer = with_newcomer()
     offer(driver, KNOWN)
-    waiting = driver.state.run.shards[0].candidates[KNOWN.public_key]
+    [waiting] = driver.state.run.shards[0].undecided_of(KNOWN.public_key)
     found = hold(driver.state.run, driver.manifest, waiting)
     assert found is not None
     assert (found.epoch, found.author, found.built) == (newcomer.epoch, CHEAT.public_key, BUILT_AT_ONCE)
