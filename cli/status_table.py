@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lutetia.cli.formatting import ago, bar, number, rate, short, short_peer, thousands
-from lutetia.protocol.schema.status import NodeStatus, ShardStatus, SwarmStatus, name_of
+from lutetia.protocol.schema.status import NodeStatus, ShardStatus, StallStatus, SwarmStatus, name_of
 from lutetia.system.errors import UsageError, plain
 
 if TYPE_CHECKING:
@@ -194,25 +194,37 @@ def summary(status: SwarmStatus, now: float) -> str:
 
 
 def shard_reason(status: SwarmStatus, shard: int, now: float) -> dict[str, Any]:
-    """What holds a shard up, for `lutetia run why`: its state, `since` in Unix seconds, and the sentences. Raises UsageError."""
+    """What holds a shard up, for `lutetia run why`: its state, `since` in Unix seconds, and the sentences. Raises UsageError.
+
+    A refused merge of its lanes holds no shard up; it is told with whatever does, or alone.
+    """
     if shard >= len(status.shards):
         raise UsageError(f"run {status.name} has no shard {shard}; its last is {len(status.shards) - 1}")
     entry, stalled = status.shards[shard], shard in status.stalled_shards
     document = {"shard": shard, "state": "stalled" if stalled else entry.state, "since": None, "why": None, "remedy": None}
     document["suspected"] = suspected = _explained(status, "lineage", shard, "why")
     also = f" Suspected: {suspected} {_explained(status, 'lineage', shard, 'remedy')}" if suspected else ""
-    stall = next((stall for stall in status.stalls if (stall.kind, stall.shard) == ("shard", shard)), None)
+    stall, merge = _stall(status, "shard", shard), _stall(status, "merge", shard)
+    if merge and (stall or stalled):
+        also = f" {merge.why} {merge.remedy}{also}"
     if stall:
         text = f"Stalled for {ago(now - stall.since)}: {stall.why} {stall.remedy}{also}"
         return {**document, "since": stall.since, "why": stall.why, "remedy": stall.remedy, "text": text}
     if stalled:
         others = sum(stall.kind == "shard" for stall in status.stalls)
         return {**document, "text": f"Stalled. The {others} shards that stalled first are explained first: see to those.{also}"}
+    if merge:
+        text = f"{merge.why} {merge.remedy}{also}"
+        return {**document, "since": merge.since, "why": merge.why, "remedy": merge.remedy, "text": text}
     last = f", the last {ago(now - entry.last_accepted)} ago" if entry.last_accepted else ""
     goes_on = f"Nothing holds it up: {entry.state}, {entry.epoch} of {entry.epochs} epochs accepted{last}."
     return {**document, "text": goes_on + also}
 
 
+def _stall(status: SwarmStatus, kind: str, shard: int) -> StallStatus | None:
+    return next((stall for stall in status.stalls if (stall.kind, stall.shard) == (kind, shard)), None)
+
+
 def _explained(status: SwarmStatus, kind: str, shard: int, part: Literal["why", "remedy"]) -> str | None:
-    found = next((stall for stall in status.stalls if (stall.kind, stall.shard) == (kind, shard)), None)
+    found = _stall(status, kind, shard)
     return found and (found.why if part == "why" else found.remedy)

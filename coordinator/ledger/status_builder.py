@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Generic, Literal, TypeVar
 
-from lutetia.coordinator.ledger.lanes.status import LANES_FOR_A_NODE, LANES_SHOWN, lane_statuses, merge_stalls
+from lutetia.coordinator.ledger.lanes.status import LANES_FOR_A_NODE, LANES_SHOWN, lane_statuses, merge_stalls, merge_status
 from lutetia.coordinator.ledger.run_state import Pace, RunState
 from lutetia.coordinator.ledger.stalls import (
     ShardFacts,
@@ -27,6 +27,7 @@ from lutetia.coordinator.ledger.stalls import (
 from lutetia.protocol.claims import LiveClaim, slot_of
 from lutetia.protocol.schema.identity import peer_id_of
 from lutetia.protocol.schema.manifest import Manifest
+from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.records import ClaimRecord, NodeRecord
 from lutetia.protocol.schema.status import (
     BanStatus,
@@ -120,8 +121,8 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     ]
     shards = tuple(_shard_status(state, manifest, index, held.get(index, ()), live, now) for index in range(len(state.shards)))
     if manifest.team:
-        shards = tuple(_with_lanes(state, shards, held, live.merging))
-    most = NODES_SHOWN - -(-sum(len(shard.lanes) for shard in shards) // LANES_FOR_A_NODE)
+        shards = tuple(_with_lanes(state, manifest.team, shards, held, live, now))
+    most = NODES_SHOWN - -(-sum(len(shard.lanes) + (shard.merge is not None) for shard in shards) // LANES_FOR_A_NODE)
     nodes = shown_nodes(state, online, holders, most)
     shown = tuple(
         _node_status(state, manifest, node, holders.get(node.record.owner, []), live.connections, now) for node in nodes
@@ -252,16 +253,27 @@ def _shard_status(
 
 
 def _with_lanes(
-    state: RunState, shards: Iterable[ShardStatus], held: Mapping[int, Sequence[Sighting[ClaimRecord]]], merging: Collection[str]
+    state: RunState,
+    team: TeamSpec,
+    shards: Iterable[ShardStatus],
+    held: Mapping[int, Sequence[Sighting[ClaimRecord]]],
+    live: LiveView,
+    now: float,
 ) -> Iterator[ShardStatus]:
-    """The shards with their lanes, as far as the document has room for them."""
+    """The shards with their lanes and their next merge, as far as the document has room for them."""
     room = LANES_SHOWN
     for shard in shards:
-        index = shard.shard
-        holders = {claim.record.lane: (claim.record.owner, claim.record.state) for claim in held.get(index, ())}
-        lanes = lane_statuses(state.shards[index], holders, merging)[:room]
-        room -= len(lanes)
-        yield shard.model_copy(update={"lanes": lanes})
+        if room < 1 or shard.epoch >= shard.epochs:
+            yield shard
+            continue
+        ledger = state.shards[shard.shard]
+        at_work = None if live.at_work is None else live.at_work.get(shard.shard, frozenset())
+        merge = merge_status(ledger, team, at_work)
+        holders = {claim.record.lane: (claim.record.owner, claim.record.state) for claim in held.get(shard.shard, ())}
+        overdue = merge.due is not None and now >= merge.due
+        lanes = lane_statuses(ledger, holders, live.merging, overdue)[: room - 1]
+        room -= 1 + len(lanes)
+        yield shard.model_copy(update={"lanes": lanes, "merge": merge})
 
 
 def _stalled_shards(

@@ -69,7 +69,8 @@ def _shard(shard: ShardStatus, now: float, stalled: bool) -> str:
 def lanes_text(shard: ShardStatus) -> str:
     """How many lanes are worked at and how many results wait for the merge."""
     count = Counter(lane.state for lane in shard.lanes)
-    return f"{len(shard.lanes)} lanes, {count['gathered']} gathered, {count['merging']} merging"
+    late = f", {count['late']} late" if count["late"] else ""
+    return f"{len(shard.lanes)} lanes, {count['gathered']} gathered, {count['merging']} merging{late}"
 
 
 def _stalls(status: SwarmStatus) -> str:

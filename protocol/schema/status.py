@@ -71,7 +71,21 @@ class LaneStatus(TolerantDocument):
     lane: LaneIndex = Field(description="Number of the lane")
     owner: PublicKey = Field(description="Public key of the node that trains it, or that trained its result")
     state: OpenWord = Field(
-        description="claimed, training, gathered (its result is accepted and waits for the merge), or merging"
+        description="claimed, training, late (the others are merged without it), gathered (its result is accepted and waits for "
+        "the merge), or merging"
+    )
+    merged: bool = added(False, "Whether the newest accepted epoch was merged from a result of this lane among others")
+
+
+class MergeStatus(TolerantDocument):
+    """The next merge of a shard's lanes."""
+
+    lanes: Count = Field(description="Lanes of the shard")
+    quorum: Count = Field(description="Accepted results that are enough for the merge")
+    gathered: Tally = Field(description="Accepted results that wait for it, or are being merged")
+    deadline: Seconds = Field(description="Seconds after the first of them in which they are merged at the latest")
+    due: Moment | None = Field(
+        default=None, description="From when they are merged, as far as is known now, in Unix seconds; null: none is there"
     )
 
 
@@ -101,6 +115,7 @@ class ShardStatus(TolerantDocument):
     lanes: tuple[LaneStatus, ...] = added(
         (), "In a run with lanes: those at which nodes work or whose results are there", max_length=MOST_LANES
     )
+    merge: MergeStatus | None = added(None, "In a run with lanes: the next merge; null also where the document has no room")
 
 
 class _CheckNamed(TolerantDocument):

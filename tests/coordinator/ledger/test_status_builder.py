@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lutetia.cli.status_table import shard_reason
 from lutetia.coordinator.acceptance.checks import Verdict
 from lutetia.coordinator.acceptance.messages import LedgerFacts, Merged, StartMerge
 from lutetia.coordinator.ledger.events import ManifestPublished
@@ -25,9 +26,9 @@ from lutetia.protocol.schema.manifest_upgrade import next_version
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.owner.orders import GivenOrder, Order, with_order
 from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, NodeState
-from lutetia.protocol.schema.status import NodeStatus, SwarmStatus
+from lutetia.protocol.schema.status import MergeStatus, NodeStatus, SwarmStatus
 from lutetia.protocol.stalled_claims import IDLE, LONGEST_GAP, current_holder
-from tests.coordinator.acceptance.judge_driver import PEERS, drive_judge, make_manifest, make_record
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, drive_judge, make_manifest, make_record
 
 
 def node(run: str, peer: Identity, now: float, state: NodeState = "training", since: float | None = None) -> Sighting[NodeRecord]:
@@ -329,14 +330,30 @@ def test_lanes_show_who_trains_what_is_gathered_and_a_refused_merge_in_red():
     view = LiveView([node(run, PEERS[0], now)], held, merging=frozenset(sources))
     shard = status(driver.state.run, driver.manifest, view, now).shards[0]
     lanes = [(lane.lane, lane.owner, lane.state) for lane in shard.lanes]
-    states = ("training", "merging", "merging")
+    states = ("late", "merging", "merging")
     assert lanes == [(lane, PEERS[lane].public_key, state) for lane, state in enumerate(states)]
     assert (shard.state, shard.owner) == ("training", PEERS[0].public_key)
+    assert shard.merge == MergeStatus(lanes=4, quorum=2, gathered=2, deadline=60.0, due=now)
     document = status(driver.state.run, driver.manifest, view, now)
     assert document.nodes[0].health == "starting"
-    assert "3 lanes, 0 gathered, 2 merging" in render_page(document)
+    assert "3 lanes, 0 gathered, 2 merging, 1 late" in render_page(document)
     worse = Verdict("invalid", "holdout", "its held-out loss 0.60000 is worse", 0.6, 0.5)
     driver.send(Merged(0, sources, None, worse, now))
     red = status(driver.state.run, driver.manifest, view, now).stalls
     assert [(stall.kind, stall.shard) for stall in red] == [("merge", 0)]
     assert "lanes 1, 2 of epoch 1 failed the check holdout" in red[0].why
+    reason = shard_reason(status(driver.state.run, driver.manifest, view, now), 0, now)
+    assert (reason["state"], reason["since"], reason["why"]) == ("training", now, red[0].why)
+    why, remedy = reason["text"].split(". ")
+    assert why == "The merge of lanes 1, 2 of epoch 1 failed the check holdout: its held-out loss 0.60000 is worse"
+    assert remedy.startswith("Nothing now: the best of these results goes on alone")
+    alone = next(action for action in reversed(driver.actions) if isinstance(action, StartMerge)).sources[0]
+    best = make_record(driver.manifest, COORDINATOR, text="alone")
+    name = (alone.acceptance.checkpoint,)
+    driver.send(Merged(0, name, best, Verdict("valid", "holdout", "", 0.4, 0.5), now))
+    view = replace(view, merging=frozenset())
+    shard = status(driver.state.run, driver.manifest, view, now).shards[0]
+    assert [(lane.lane, lane.state, lane.merged) for lane in shard.lanes] == [
+        (lane, "training", lane == alone.lane) for lane in range(3)
+    ]
+    assert shard.merge == MergeStatus(lanes=4, quorum=2, gathered=0, deadline=60.0)

@@ -29,6 +29,7 @@ from lutetia.protocol.schema.status import (
     MAX_STATUS_BYTES,
     CheckStatus,
     LaneStatus,
+    MergeStatus,
     NodeStatus,
     QuarantineStatus,
     RefusalStatus,
@@ -73,12 +74,13 @@ def _largest(schema: dict[str, Any], root: dict[str, Any]) -> Any:
 
 def test_largest_run_in_the_largest_swarm_fits() -> None:
     counts: dict[type[BaseModel], int] = {
-        LaneStatus: LANES_SHOWN, NodeStatus: NODES_SHOWN - LANES_SHOWN // LANES_FOR_A_NODE, RefusalStatus: REMEMBERED_REFUSALS,
+        max(LaneStatus, MergeStatus, key=largest): LANES_SHOWN, NodeStatus: NODES_SHOWN - LANES_SHOWN // LANES_FOR_A_NODE,
+        RefusalStatus: REMEMBERED_REFUSALS,
         QuarantineStatus: QUARANTINED_SHOWN, CheckStatus: 3 * len(CHECK_NAMES), RouterStatus: 1, SignedHead: 1,
         StallStatus: SHARDS_EXPLAINED + LINEAGES_EXPLAINED + MERGES_EXPLAINED + AUDITS_EXPLAINED + NODES_EXPLAINED,
     }  # fmt: skip
-    lanes = len('"lanes":[],')  # of the shards whose lanes are shown
-    shards = MOST_SHARDS * (largest(ShardStatus) - largest(LaneStatus) - lanes + 1) + LANES_SHOWN * lanes
+    lanes = len('"lanes":[],"merge":,')  # of the shards whose lanes are shown
+    shards = MOST_SHARDS * (largest(ShardStatus) - largest(LaneStatus) - largest(MergeStatus) - lanes + 1) + LANES_SHOWN * lanes
     epochs = shards + 2 * MOST_SHARDS * len("1000000000,") + MOST_SHARDS * len("4095,")
     assert largest(SwarmStatus) + epochs + sum(count * (largest(kind) + 1) for kind, count in counts.items()) < MAX_STATUS_BYTES
 
