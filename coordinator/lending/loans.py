@@ -4,15 +4,20 @@ A check that waits for a report is never forgotten: a loan that is late is no lo
 but its report is still taken when it comes. A borrower that is gone gives its loan back. Where a check has as many loans as it
 may have, the one that is late for longest ends for a new one. Who was late, or never reported, gets a check only after others had
 time to come for it: otherwise four peers that only ask would hold every check for ever.
+
+A new key costs nothing, so keys without accepted work share the record of their network origin: at any time one loan of an origin
+is counted on (four of a prefix), and none while more of its loans were late than in time. The others are given besides.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from lutetia.coordinator.lending.agreement import NEEDED, Settled, settle
 from lutetia.protocol.rpc.check_request import CheckReport
+from lutetia.protocol.transport.network_origin import quotas_of
 
 SILENT_SECONDS = 600.0
 """A borrower that has not asked again for so long has lost its loan; while it works it does so every two minutes."""
@@ -32,13 +37,17 @@ PROOF_AHEAD = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class CheckLoan:
-    """A check that a peer has. `began`, `heard` and `counts_until` are Unix seconds."""
+    """A check that a peer has. `began`, `heard`, `due` and `counts_until` are Unix seconds."""
 
     id: str
     began: float
     heard: float
+    due: float
+    """A report after this is late."""
     counts_until: float
-    """After this the coordinator asks another peer, too: at once where the peer let its last loan go by."""
+    """After this the coordinator asks another peer, too: at once where the peer, or its origin, let a loan go by."""
+    source: str = ""
+    """The network origin that shares the record of this loan; empty: its owner has accepted work, or the origin is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,7 @@ class Asker:
         related: the peers of its operator or its public address, itself included.
         known: whether its own work was accepted.
         origin: the public network origin from which it asks; empty: it is not public.
+        source: the network origin whose record it shares while it has no accepted work; empty: it shares none.
     """
 
     owner: str
@@ -111,6 +121,12 @@ class Asker:
     related: frozenset[str]
     known: bool = False
     origin: str = ""
+    source: str = ""
+
+    @property
+    def shared(self) -> str:
+        """`source`, unless accepted work speaks for the peer itself."""
+        return "" if self.known else self.source
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +135,7 @@ class LendingDesk:
 
     checks: Mapping[str, LentCheck] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
-    """Owner -> how many of its loans ended late or without a report, less those that it reported on in time."""
+    """Owner, network origin or prefix -> how many of its loans ended late or without a report, less those reported on in time."""
 
     def held_by(self, owner: str) -> LentCheck | None:
         return next((check for check in self.checks.values() if owner in check.loans), None)
@@ -130,12 +146,34 @@ class LendingDesk:
     def without(self, name: str) -> LendingDesk:
         return replace(self, checks={key: check for key, check in self.checks.items() if key != name})
 
-    def with_lateness(self, owner: str, more: int) -> LendingDesk:
-        """The desk when a loan of `owner` has ended late (1), or with a report in time (-1)."""
-        others = {key: count for key, count in self.late.items() if key != owner}
-        count = min(MOST_LATENESS, max(0, self.late.get(owner, 0) + more))
-        kept = dict(list(others.items())[1 - _MOST_REMEMBERED :])
-        return replace(self, late={**kept, owner: count} if count else others)
+    def with_lateness(self, owner: str, more: int, source: str = "") -> LendingDesk:
+        """The desk when a loan of `owner`, shared by `source`, has ended late (1), or with a report in time (-1)."""
+        desk = self
+        for name, share in ((owner, 1), *_quotas(source)):
+            others = {key: count for key, count in desk.late.items() if key != name}
+            count = min(share * MOST_LATENESS, max(0, desk.late.get(name, 0) + more))
+            kept = dict(list(others.items())[1 - _MOST_REMEMBERED :])
+            desk = replace(desk, late={**kept, name: count} if count else others)
+        return desk
+
+    def lateness(self, asker: Asker) -> int:
+        """How often the peer was late, or a key without accepted work at its origin or, a quarter of it, in its prefix."""
+        return max(self.late.get(name, 0) // share for name, share in ((asker.owner, 1), *_quotas(asker.shared)))
+
+    def counts_on(self, asker: Asker, now: float) -> bool:
+        """Whether a loan to this peer is one to wait for: it was not late, and nobody else of its origin is waited for."""
+        counted = Counter(
+            name
+            for check in self.checks.values()
+            for loan in check.loans.values()
+            if now < loan.counts_until
+            for name, _ in _quotas(loan.source)
+        )
+        return not self.lateness(asker) and all(counted[name] < share for name, share in _quotas(asker.shared))
+
+
+def _quotas(source: str) -> tuple[tuple[str, int], ...]:
+    return quotas_of(source) if source else ()
 
 
 def loan_seconds_for(size: int, slowest: float, usual: float | None) -> float:
@@ -185,19 +223,25 @@ def lend_check(
     if check := desk.held_by(asker.owner):
         loan = replace(check.loans[asker.owner], heard=now)
     else:
-        late = desk.late.get(asker.owner, 0)
+        late = desk.lateness(asker)
         fit = [check for check in desk.checks.values() if may_have(check, asker, now, free_known, late)]
         check = min(fit, key=_rank, default=None)
         if check is None:
             return desk, None
         if gone := check.crowded_out(now):
+            desk = _note_end(desk, gone, check.loans[gone], now)
             check = replace(check, loans={owner: loan for owner, loan in check.loans.items() if owner != gone})
-            desk = desk.with_lateness(gone, 1)
-        loan = CheckLoan(id_, now, now, now if late else now + check.seconds)
+        due = now + check.seconds
+        loan = CheckLoan(id_, now, now, due, due if desk.counts_on(asker, now) else now, asker.shared)
     known = check.known | {asker.owner} if asker.known else check.known
     origins = check.origins | {asker.origin} if asker.origin else check.origins
     check = replace(check, loans={**check.loans, asker.owner: loan}, known=known, origins=origins)
     return desk.with_check(check), check
+
+
+def _note_end(desk: LendingDesk, owner: str, loan: CheckLoan, now: float) -> LendingDesk:
+    """The desk when the loan ends for another or with its check: late, if it was due."""
+    return desk.with_lateness(owner, 1, loan.source) if now >= loan.due else desk
 
 
 def _rank(check: LentCheck) -> tuple[bool, float, str]:
@@ -213,18 +257,19 @@ def take_report(desk: LendingDesk, report: CheckReport, now: float) -> tuple[Len
     if report.outcome == "failed":
         check = replace(check, loans=loans, failed={**check.failed, report.owner: now})
         return desk.with_check(check), check, None
-    in_time = now < check.loans[report.owner].counts_until
-    check, desk = replace(check, loans=loans, reports=(*check.reports, report)), desk.with_lateness(report.owner, 1 - 2 * in_time)
+    loan = check.loans[report.owner]
+    desk = desk.with_lateness(report.owner, -1 if now < loan.due else 1, loan.source)
+    check = replace(check, loans=loans, reports=(*check.reports, report))
     outcome = Settled(report) if check.needed == 1 else settle(check.reports, check.fewest, check.known)
     if outcome:
-        for owner in (owner for owner, loan in loans.items() if now >= loan.counts_until):
-            desk = desk.with_lateness(owner, 1)
+        for owner, other in loans.items():
+            desk = _note_end(desk, owner, other, now)
         return desk.without(check.name), check, outcome
     return desk.with_check(check), check, None
 
 
 def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, lease: float) -> LendingDesk:
-    """Give back the loans of peers that are gone, do other work, or have not been heard of for long.
+    """Give back the loans of peers that are gone, do other work, or have not been heard of for long: they count as late.
 
     Args:
         desk: all checks.
@@ -236,9 +281,8 @@ def end_check_loans(desk: LendingDesk, free: frozenset[str] | None, now: float, 
         kept = {owner: loan for owner, loan in check.loans.items() if not _ended(owner, loan, free, now, lease)}
         if len(kept) < len(check.loans):
             desk = desk.with_check(replace(check, loans=kept))
-        for owner in check.loans.keys() - kept.keys():
-            if now >= check.loans[owner].counts_until:
-                desk = desk.with_lateness(owner, 1)
+        for owner in sorted(check.loans.keys() - kept.keys()):
+            desk = desk.with_lateness(owner, 1, check.loans[owner].source)
     return desk
 
 

@@ -156,7 +156,8 @@ class CheckLender:
         run, owner = self.run(), request.owner
         known = run.has_accepted_work(owner) or owner in self.checkers
         related = relatives(owner, self.peers())
-        asker = Asker(owner, frozenset(request.kinds), frozenset(request.shards), related, known, public_origin(origin))
+        kinds, shards = frozenset(request.kinds), frozenset(request.shards)
+        asker = Asker(owner, kinds, shards, related, known, public_origin(origin), shared_origin(origin))
         free_known = frozenset(filter(run.has_accepted_work, self.free() or ()))
         self.desk, check = lend_check(self.desk, asker, secrets.token_hex(32), now, free_known)
         if check is None:
@@ -215,3 +216,11 @@ def public_origin(origin: str) -> str:
         return origin if ipaddress.ip_address(origin.partition("/")[0]).is_global else ""
     except ValueError:
         return ""
+
+
+def shared_origin(origin: str) -> str:
+    """Whose record a key without accepted work shares: its origin's, or that of all relayed peers; nobody's on one machine."""
+    try:
+        return "" if ipaddress.ip_network(origin).is_loopback else origin
+    except ValueError:
+        return origin or "relay"

@@ -17,7 +17,7 @@ from lutetia.coordinator.lending.loans import (
     loan_seconds_for,
     take_report,
 )
-from lutetia.coordinator.lending.service import public_origin
+from lutetia.coordinator.lending.service import public_origin, shared_origin
 from tests.coordinator.lending.test_agreement import key, report
 
 CHECK = LentCheck(name="result x", kind="result", shard=0, since=0.0, excluded=frozenset({key("author")}))
@@ -151,6 +151,39 @@ def test_whoever_was_late_is_not_counted_on():
     desk, check, _ = take_report(desk, of("silent"), now + 1)
     assert check is not None
     assert check.reports, "its report counts"
+    assert not desk.late, "and was in time, so it is counted on again"
+
+
+def test_fresh_keys_of_one_address_cost_one_loan_however_many_checks_wait():
+    """Nobody waits for a second loan of the address while the first is out, nor for any after it, until one reports in time."""
+    checks = [replace(CHECK, name=f"result {number}") for number in range(6)]
+    desk, now, home = desk_of(*checks), 0.0, "8.8.8.8"
+    for number in range(6):
+        fresh = replace(asker(f"key {number}"), origin=home, source=home)
+        desk, check = lend_check(desk, fresh, key(f"loan of key {number}"), now)
+        assert check is not None
+        assert check.missing(now) == (1 if number == 0 else 2), "the coordinator waits for the first only"
+    now = CHECK.seconds
+    desk, _, _ = take_report(desk, of("key 0"), now)
+    assert desk.lateness(replace(asker("another"), source=home)) == 1
+    assert refused(desk, replace(asker("another"), source=home), KEPT_SECONDS - 1), "others come first"
+    assert not desk.lateness(replace(asker("old hand"), source=home, known=True)), "accepted work speaks for itself"
+    assert not desk.lateness(replace(asker("neighbour"), source="8.8.8.9")), "a prefix may cost four times as much"
+    desk, _, _ = take_report(desk, of("key 1"), now - 1)
+    assert desk.late == {key("key 0"): 1}, "a report in time makes up for a late one, also of a loan that nobody waited for"
+    assert [shared_origin(one) for one in (home, "192.168.1.7", "", "127.0.0.1")] == [home, "192.168.1.7", "relay", ""]
+
+
+def test_addresses_of_one_prefix_cost_four_loans():
+    checks = [replace(CHECK, name=f"result {number}") for number in range(6)]
+    desk = desk_of(*checks)
+    for number in range(6):
+        source = f"8.8.8.{number}"
+        desk, _ = lend_check(desk, replace(asker(f"key {number}"), origin=source, source=source), key(f"{number}"), 0.0)
+    loans = [loan for check in desk.checks.values() for loan in check.loans.values()]
+    assert (len(loans), sum(loan.counts_until > 0.0 for loan in loans)) == (6, 4)
+    desk = end_check_loans(desk, None, SILENT_SECONDS, lease=30.0)
+    assert desk.lateness(replace(asker("next"), source="8.8.8.99")) == 1, "all six were silent, and that is late"
 
 
 def test_loans_of_peers_that_are_gone_or_silent_go_back():
@@ -160,6 +193,7 @@ def test_loans_of_peers_that_are_gone_or_silent_go_back():
     assert end_check_loans(desk, frozenset({key("ben")}), 10.0, lease=30.0) == desk, "a record may be missing for a lease"
     assert end_check_loans(desk, None, 50.0, lease=30.0) == desk, "nothing is known"
     assert not end_check_loans(desk, None, SILENT_SECONDS, lease=30.0).checks[CHECK.name].loans
+    assert kept.late == {key("ann"): 1}, "it took a loan and did not report"
 
 
 def test_a_begun_check_comes_before_an_older_one():
