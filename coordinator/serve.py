@@ -21,7 +21,7 @@ from lutetia.coordinator.runtime.recovery import SignedLineages
 from lutetia.coordinator.service import Service
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.snapshot.document import open_with_snapshot
-from lutetia.coordinator.web.app import bind, page_address
+from lutetia.coordinator.web.listener import bind, page_address
 from lutetia.protocol.peerstore import Peerstore
 from lutetia.protocol.record_rules import record_check
 from lutetia.protocol.rpc.manifest_sync import LiveManifest

@@ -52,9 +52,8 @@ from lutetia.coordinator.runtime.swarm_monitor import SwarmMonitor
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.snapshot.document import LedgerSnapshot
 from lutetia.coordinator.snapshot.keeper import SnapshotKeeper
-from lutetia.coordinator.web.api.source import RunSource
-from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.web.rendered import Rendered
+from lutetia.coordinator.web.server_process import HttpServer, order_of
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.coordinator.worker.messages import SizesMeasured
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
@@ -185,12 +184,9 @@ class Service:
             self.transport, self.judge_loop, self.check_runner, self._nodes, lends_checks=self.lender is not None
         )
         self.operator_notes = OperatorNotes(self.folder, self.judge_loop, self.announcer.publish_quarantine)
-        earlier = self.snapshot.history if self.snapshot else lambda: None
-        self.source = RunSource(self.folder, self.ledger, self.live, self.status, earlier, self.settings.about)
         self.names = PeerNames(self.folder.names)
-        self.source.names = self.names.names
         self.bootstrap_watch = BootstrapWatch(self.transport, ticket_addresses(self.folder.ticket))
-        self.source.bootstrap = self.bootstrap_watch.faults
+        self.http: HttpServer | None = None
         self.snapshot_keeper = SnapshotKeeper(self.folder, self.ledger, self.snapshot, self._drop_snapshot)
         self._status: tuple[float, SwarmStatus] | None = None
         self._status_changed = asyncio.Event()
@@ -248,7 +244,9 @@ class Service:
         if self.lender:
             tasks["lent checks"] = self.lender.watch()
         if listener:
-            tasks["http server"] = serve_http(listener, build_app(self.status, self.blobs, self.upload, self.source))
+            order = order_of(self.folder.root, self.identity.public_key, self.settings.about, self.settings.blob_bytes_per_second)
+            self.http = HttpServer(order, listener, self.upload, self.bootstrap_watch.faults)
+            tasks["http server"] = self.http.run()
         return tasks
 
     async def _answer_streams(self) -> None:
@@ -306,7 +304,6 @@ class Service:
         """Called after each change of the run's state."""
         self._status = None
         self._status_changed.set()
-        self.source.notify()
         self.stitcher.wake()
         if state.finished and self.settings.exit_when_done:
             # two heartbeats, in which peers learn of the last acceptance
@@ -405,7 +402,8 @@ class Service:
         """The snapshot that was loaded does not follow from the ledger: go on from the ledger alone."""
         _log.error("the snapshot of the first %d events does not follow from the ledger; adding all events up again", events)
         await self.judge_loop.restore()
-        await self.source.read_again()
+        if self.http:
+            await self.http.renew()
         await self.judge_loop.append(SnapshotDropped(time=self.transport.now(), events=events))
 
     async def _notify_peers(self) -> None:
@@ -439,8 +437,11 @@ class Service:
     async def _write_status_file(self) -> None:
         while True:
             self._status_changed.clear()
+            document = canonical(self.status())
+            if self.http:
+                self.http.tell(document)
             try:
-                await asyncio.to_thread(write_atomic, self.folder.status, canonical(self.status()))
+                await asyncio.to_thread(write_atomic, self.folder.status, document)
             except DiskError as error:
                 _log.error("%s", error)  # the run does not depend on this file
             except OSError as error:

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,12 +81,15 @@ class Child:
         self.process = process
 
     @classmethod
-    async def start(cls, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Child:
+    async def start(
+        cls, module: str, *arguments: str, environment: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()
+    ) -> Child:
         """Start a child with `environment` added to this process's. It writes to this process's stderr.
 
-        Where LUTETIA_TEMPLATE names a template process, that forks the child.
+        `pass_fds`: descriptors that it inherits under the same numbers. Where LUTETIA_TEMPLATE names a template process, that
+        forks the child, unless it inherits any.
         """
-        if name := os.environ.get(TEMPLATE):
+        if not pass_fds and (name := os.environ.get(TEMPLATE)):
             try:
                 return cls(await fork_child(name, module, arguments, {**os.environ, **(environment or {})}))
             except (OSError, ValueError) as error:
@@ -94,16 +97,21 @@ class Child:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, *arguments,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=MAX_LINE, start_new_session=True,
+            pass_fds=tuple(pass_fds),
             env={**os.environ, **(environment or {}), "LUTETIA_PARENT": str(os.getpid())},
         )  # fmt: skip
         return cls(process)
 
     async def send(self, message: Message) -> None:
         """Raises ConnectionError when the child has ended."""
+        await self.send_line(json.dumps(message).encode())
+
+    async def send_line(self, line: bytes) -> None:
+        """Send a message that is JSON already, without a line break. Raises ConnectionError when the child has ended."""
         stdin = self.process.stdin
         if stdin is None or stdin.is_closing():  # uvloop would raise a RuntimeError
             raise ConnectionResetError("the child has ended")
-        stdin.write(json.dumps(message).encode() + b"\n")
+        stdin.write(line + b"\n")
         await stdin.drain()
 
     async def messages(self) -> AsyncIterator[Message]:
@@ -150,8 +158,11 @@ class ParentChannel:
 
     def messages(self) -> Iterator[Message]:
         """The messages of the parent, until it closes the channel. Blocks."""
-        for line in sys.stdin.buffer:
-            yield json.loads(line)
+        return map(json.loads, self.lines())
+
+    def lines(self) -> Iterator[bytes]:
+        """The messages as they come, for a reader that parses JSON itself. Blocks."""
+        yield from sys.stdin.buffer
 
 
 def give_back_free_memory() -> None:

@@ -13,8 +13,9 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from lutetia.coordinator.web.app import bind, page_address, serve_http
+from lutetia.coordinator.web.app import serve_http
 from lutetia.coordinator.web.frontend import node_page_router
+from lutetia.coordinator.web.listener import bind, page_address
 from lutetia.node.control import ask
 from lutetia.system.errors import LutetiaError, UsageError
 from lutetia.system.notify import ending_signals

@@ -164,6 +164,16 @@ class Ledger:
             self._chain, self._count = row.chain, row.id
         self.state = state
 
+    def catch_up(self) -> bool:
+        """Add what another process has appended since; returns whether it has. For a ledger that was opened `to_read`.
+
+        Raises IntegrityError when that does not follow from what was read before.
+        """
+        with self._writing, sqlite_errors(self.path):
+            before = self._count
+            self._add_up(self.state)
+            return self._count > before
+
     def restore(self) -> RunState:
         """Rebuild the state from all events. Raises IntegrityError when they do not follow from each other."""
         with self._writing:

@@ -8,7 +8,6 @@ import logging
 import re
 import socket
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
@@ -36,7 +35,6 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import AnswerSlots, RateLimit
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.status import SwarmStatus
-from lutetia.system.errors import ConfigError, UnreachableError
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +109,9 @@ def _server_facts(rate: RateLimit, source: RunSource | None) -> ServerFacts:
     if source is None:
         return ServerFacts(rate.taken)
     return ServerFacts(
-        rate.taken, source.history, source.manifest().expires, disk_free(source.folder.root), len(source.bootstrap())
-    )
+        rate.taken, source.history, source.manifest().expires, disk_free(source.folder.root), len(source.bootstrap()),
+        source.process,
+    )  # fmt: skip
 
 
 def _page(status: SwarmStatus) -> bytes:
@@ -160,37 +159,6 @@ class _LimitedServer(uvicorn.Server):
         yield
 
 
-def bind(address: str) -> socket.socket:
-    """Listen on `host:port`.
-
-    Raises:
-        ConfigError: `address` is malformed.
-        UnreachableError: the port is in use, or the host is not an address of this machine.
-    """
-    try:
-        parts = urlsplit(f"//{address}")
-        host, port = parts.hostname or "127.0.0.1", parts.port or 0
-    except ValueError as error:
-        raise ConfigError(f"the HTTP address {address} has no port between 0 and 65535; correct it") from error
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        reason = (error.strerror or str(error)).lower()
-        raise UnreachableError(f"cannot serve HTTP on {address}: {reason}; choose another port or stop its user") from error
-    return listener
-
-
-def page_address(listener: socket.socket) -> str:
-    """The address of the status page, as this machine's browser opens it."""
-    host, port = listener.getsockname()[:2]
-    here = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
-    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
-
-
 async def serve_http(listener: socket.socket, app: FastAPI, limits: HttpLimits = LIMITS) -> None:
     """Serve within `limits` until cancelled."""
     config = LimitedConfig(
@@ -199,7 +167,6 @@ async def serve_http(listener: socket.socket, app: FastAPI, limits: HttpLimits =
     )  # fmt: skip
     config.limits = limits
     server = _LimitedServer(config)
-    _log.info("HTTP on %s", page_address(listener))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.shield(serving)

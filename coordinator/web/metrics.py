@@ -29,6 +29,7 @@ class ServerFacts:
         expires: when the manifest expires, in Unix seconds; None: not shown.
         disk_free: free bytes of the disk with the run's folder; None: not known.
         bootstrap_down: addresses of the ticket that do not answer.
+        process: id of the process that is measured; None: this one.
     """
 
     sent: int = 0
@@ -36,6 +37,7 @@ class ServerFacts:
     expires: float | None = None
     disk_free: int | None = None
     bootstrap_down: int = 0
+    process: int | None = None
 
 
 class _StatusCollector(Collector):
@@ -160,9 +162,9 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
 
 
 def metrics_text(status: SwarmStatus, facts: ServerFacts | None = None) -> bytes:
-    """The exposition text of `status`, of `facts` and of this process."""
-    registry = CollectorRegistry()
-    registry.register(_StatusCollector(status, facts or ServerFacts()))
-    ProcessCollector(registry=registry)
+    """The exposition text of `status`, of `facts` and of their process."""
+    registry, facts = CollectorRegistry(), facts or ServerFacts()
+    registry.register(_StatusCollector(status, facts))
+    ProcessCollector(registry=registry, pid=lambda: facts.process or "self")
     PlatformCollector(registry=registry)
     return generate_latest(registry)

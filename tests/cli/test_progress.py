@@ -14,7 +14,7 @@ from lutetia.cli.commands.volunteer import render_local
 from lutetia.cli.output import console
 from lutetia.cli.progress import TrainingProgress, training_line
 from lutetia.coordinator.serve import ServedRun
-from lutetia.coordinator.web.app import page_address
+from lutetia.coordinator.web.listener import page_address
 from lutetia.node.local_status import LocalStatus
 from lutetia.system.log_format import StatusLineHandler, stderr_handler
 from tests.cli.command_runner import ticket

@@ -59,7 +59,7 @@ async def holdouts_are_kept(peer: ScriptedNode, http: int) -> None:
     assert (await fetch_blob(peer.transport, peer.store, shard.train, [coordinator])).stat().st_size == shard.train.size
     with pytest.raises(UnreachableError):
         await fetch_blob(peer.transport, peer.store, shard.holdout, [coordinator])
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         assert (await client.get(f"http://127.0.0.1:{http}/blobs/{shard.holdout.digest}")).status_code == 404
 
 
@@ -104,7 +104,7 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
         final = bob.train(1)
         assert (await bob.verdict(final)).verdict == "accepted"
         await until(lambda: finished(ann), "the final mixture")
-        async with httpx.AsyncClient() as client:
+        async with httpx.AsyncClient(timeout=60) as client:
             assert (await client.get(f"http://127.0.0.1:{http}/status.json")).json()["finished"]
         await asyncio.to_thread(check_fetching, run, tmp_path / "fetched")
     assert await coordinator.end(signal.SIGTERM) == 0

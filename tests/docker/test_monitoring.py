@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lutetia.coordinator.ledger.events import CheckCost, ResultRefused
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
-from lutetia.coordinator.web.app import bind, page_address
+from lutetia.coordinator.web.listener import bind, page_address
 from lutetia.coordinator.web.metrics import STALL_KINDS, ServerFacts, metrics_text
 from lutetia.protocol.schema.records import Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus

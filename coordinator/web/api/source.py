@@ -31,6 +31,7 @@ class RunSource:
         about: what the owner says of the run, in one sentence.
         names: what peers with accepted work are called, by public key.
         bootstrap: the addresses of the ticket that do not answer now.
+        process: id of the coordinator's process; None: it is this one.
     """
 
     folder: RunFolder
@@ -41,6 +42,7 @@ class RunSource:
     about: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
     bootstrap: Callable[[], Sequence[BootstrapFault]] = lambda: ()
+    process: int | None = None
     history: History = field(default_factory=History)
     _more: set[asyncio.Event] = field(default_factory=set)
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -86,11 +88,6 @@ class RunSource:
     def people(self) -> People:
         """What is known of the peers now, besides their results."""
         return People(self.ledger.state, self.names, orders=self.manifest().orders)
-
-    async def read_again(self) -> None:
-        """Make the history from the ledger alone."""
-        async with self._reading:
-            self.earlier, self.history = lambda: None, History()
 
     def tag(self) -> str:
         """Changes with every event of the ledger, and with the manifest."""

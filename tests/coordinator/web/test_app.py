@@ -15,7 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
-from lutetia.coordinator.web.app import bind, build_app, serve_http
+from lutetia.coordinator.web.app import build_app, serve_http
+from lutetia.coordinator.web.listener import bind
 from lutetia.coordinator.web.page import render_page
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit

@@ -18,8 +18,9 @@ import pytest
 import uvloop
 
 from lutetia.coordinator.periodic import every
-from lutetia.coordinator.web.app import bind, build_app, serve_http
+from lutetia.coordinator.web.app import build_app, serve_http
 from lutetia.coordinator.web.connections import ConnectionTimes, HttpLimits, crowded_out
+from lutetia.coordinator.web.listener import bind
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.system.process import raise_file_limit

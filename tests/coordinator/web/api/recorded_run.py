@@ -20,7 +20,8 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting, status
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.web.api.answers import RequestLimit
 from lutetia.coordinator.web.api.source import RunSource
-from lutetia.coordinator.web.app import bind, build_app, serve_http
+from lutetia.coordinator.web.app import build_app, serve_http
+from lutetia.coordinator.web.listener import bind
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.canonical import digest_of
