@@ -21,8 +21,11 @@ export interface Run {
 export interface ShardStatus {
   shard: number; name: string; epoch: number; epochs: number; samples: number; samples_budget: number; state: string
   owner: string | null; holdout_loss: number | null; last_accepted: number | null; initial_loss: number | null; waiting: number
-  audit: string | null; copies: number | null
+  audit: string | null; copies: number | null; lanes?: Lane[]; merge?: Merge | null
 }
+/** In a run with lanes: one at which a node works or whose result is there, and the next merge. */
+export interface Lane { lane: number; owner: string; state: string; merged?: boolean }
+export interface Merge { lanes: number; quorum: number; gathered: number; deadline: number; due: number | null }
 export interface Shard {
   status: ShardStatus; clips: number; prior: number; expert: string; initial_loss: number | null; accepted: Accepted[]; refused: Refused[]
   sheet: string | null; whole: boolean; flops: number | null

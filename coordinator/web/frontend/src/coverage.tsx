@@ -2,6 +2,7 @@ import { useEffect, useState } from 'preact/hooks'
 import { exported, linked, readShard, type Accepted, type Refused, type Shard } from './api'
 import { ago, count, expert, hue, short, span } from './format'
 import { Curve } from './curves'
+import { Lanes, laneWords } from './lanes'
 import { last, pace, type Moment } from './past'
 
 const WIDTH = 1000
@@ -53,7 +54,7 @@ function Row({ shard, x, until, now, event, present, of, open, toggle }: { shard
   return (
     <>
       <tr>
-        <th scope="row"><button class="row" aria-expanded={open} onClick={toggle}><span class="dot" style={{ background: hue(status.shard, of) }} />{expert(status.shard)} {status.name}</button></th>
+        <th scope="row"><button class="row" aria-expanded={open} onClick={toggle}><span class="dot" style={{ background: hue(status.shard, of) }} />{expert(status.shard)} {status.name}</button>{present && status.merge && <span class="soft lanes">{laneWords(status)}</span>}</th>
         <td class="n">{newest?.epoch ?? 0}/{status.epochs}</td>
         <td class="n">{newest ? newest.loss.toFixed(4) : '–'}</td>
         <td class="n">{ago(newest?.time ?? null, now)}</td>
@@ -92,7 +93,8 @@ function useDetails(shard: Shard, until: number) {
 }
 
 function Lineage({ shard, now, until, of, present }: { shard: Shard; now: number; until: number; of: number; present: boolean }) {
-  const { copies, audit, owner, state } = shard.status
+  const { status } = shard
+  const { copies, audit, owner, state } = status
   const details = useDetails(shard, until)
   const points = [...shard.accepted].reverse().slice(0, 50).map(details.of)
   return (
@@ -100,11 +102,12 @@ function Lineage({ shard, now, until, of, present }: { shard: Shard; now: number
       <p class="soft">{count(shard.clips)} training clips ({(100 * shard.prior).toFixed(0)} % of all), {shard.expert}. Before any training the held-out loss was {shard.initial_loss === null ? 'not measured yet' : shard.initial_loss.toFixed(4)}.</p>
       {present && (
         <p class="soft">
-          {owner ? <>Held now by <a href={`#peer=${owner}`}><code>{short(owner)}</code></a> ({state}).</> : `Nobody holds it now (${state}).`}
+          {status.merge ? 'Several nodes train it, each a lane of its own.' : owner ? <>Held now by <a href={`#peer=${owner}`}><code>{short(owner)}</code></a> ({state}).</> : `Nobody holds it now (${state}).`}
           {' '}{copies === null ? 'How many peers hold its newest checkpoint is not known yet.' : `${copies} ${copies === 1 ? 'peer holds' : 'peers hold'} a copy of its newest checkpoint, beside the coordinator.`}
           {audit && ` Last audit: ${audit}.`}
         </p>
       )}
+      {present && status.merge && <Lanes status={status} merge={status.merge} now={now} />}
       <Curve shards={[shard]} of={of} />
       {shard.sheet && <details open><summary>What it learns: training clips of its shard</summary><img class="sheet" src={linked(shard.sheet)} alt={`Contact sheet of training clips of expert ${expert(shard.status.shard)}`} loading="lazy" /></details>}
       <div class="scroll" tabIndex={0}>

@@ -7,12 +7,12 @@ import { Plot, axes } from './curves'
 import { ago, bytes, count, expert, rate, span } from './format'
 
 interface Device {
-  state: string; reason: string; since: number; device: string | null; shard: number | null; shard_name: string | null; step: number | null
+  lane?: number | null; state: string; reason: string; since: number; device: string | null; shard: number | null; shard_name: string | null; step: number | null
   steps: number | null; loss: number | null; samples_per_second: number | null; problem: string | null
   celsius?: number | null; slowed?: string | null
 }
 interface Status {
-  devices?: Device[]
+  devices?: Device[]; lane?: number | null
   state: string; reason: string; since: number; owner: string; peer_id: string; run: string | null; name: string | null
   shard: number | null; shard_name: string | null; epoch: number | null; epochs: number | null; step: number | null; steps: number | null
   samples: number | null; loss: number | null; samples_per_second: number | null; pending: number; accepted: number; accepted_today: number
@@ -24,7 +24,7 @@ interface Traffic {
   sent_today: number; received_today: number; this_month: number; bytes_per_day: number | null; bytes_per_month: number | null
   held_back: string | null; expected: string | null
 }
-interface Verdict { time: number; shard: number; epoch: number; outcome: 'accepted' | 'refused'; text: string }
+interface Verdict { time: number; shard: number; lane?: number; epoch: number; outcome: 'accepted' | 'refused'; text: string }
 interface Loss { time: number; shard: number; samples: number; loss: number }
 interface Document { time: number; status: Status; journal: { verdicts: Verdict[]; losses: Loss[]; log: string[] } | null }
 
@@ -70,6 +70,11 @@ export function NodePage() {
   )
 }
 
+/** Null and undefined: the run has no lanes. */
+function inLane(lane: number | null | undefined): string {
+  return lane == null ? '' : `, lane ${lane}`
+}
+
 /** One row per device, where there are several. */
 function Devices({ devices }: { devices: Device[] }) {
   return (
@@ -81,7 +86,7 @@ function Devices({ devices }: { devices: Device[] }) {
           <tbody>
             {devices.map((each, i) => (
               <tr key={i}>
-                <th scope="row">{each.device ?? '–'}</th><td>{each.state}</td><td>{each.shard === null ? '–' : `${expert(each.shard)} ${each.shard_name ?? ''}`}</td>
+                <th scope="row">{each.device ?? '–'}</th><td>{each.state}</td><td>{each.shard === null ? '–' : `${expert(each.shard)} ${each.shard_name ?? ''}${inLane(each.lane)}`}</td>
                 <td class="n">{each.step ?? '–'}/{each.steps ?? '–'}</td><td class="n">{each.loss === null ? '–' : each.loss.toFixed(4)}</td>
                 <td class="n">{each.samples_per_second === null ? '–' : rate(each.samples_per_second)}</td><td class="n">{each.celsius == null ? '–' : each.celsius.toFixed(0)}</td><td dir="auto">{each.problem ?? each.slowed ?? each.reason}</td>
               </tr>
@@ -117,7 +122,7 @@ function Top({ status, now, problem }: { status: Status; now: number; problem: s
       {status.shard !== null && (
         <>
           <div class="progress" role="progressbar" aria-label="Steps of this epoch" aria-valuemin={0} aria-valuemax={100} aria-valuenow={Math.round(100 * share)}><div style={{ width: `${100 * share}%` }} /></div>
-          <p class="eta">Expert <strong>{expert(status.shard)} {status.shard_name}</strong> · newest accepted epoch {status.epoch ?? '–'} of {status.epochs ?? '–'} · step {count(status.step ?? 0)} of {status.steps === null ? '–' : count(status.steps)} · {count(status.samples ?? 0)} samples</p>
+          <p class="eta">Expert <strong>{expert(status.shard)} {status.shard_name}</strong>{inLane(status.lane)} · newest accepted epoch {status.epoch ?? '–'} of {status.epochs ?? '–'} · step {count(status.step ?? 0)} of {status.steps === null ? '–' : count(status.steps)} · {count(status.samples ?? 0)} samples</p>
         </>
       )}
       <dl class="facts">{facts.map(([name, value]) => <div key={name}><dt>{name}</dt><dd>{value}</dd></div>)}</dl>
@@ -145,7 +150,7 @@ function Journal({ losses, verdicts, log, now }: { losses: Loss[]; verdicts: Ver
         <h2 id="verdicts">What became of its work</h2>
         {verdicts.length === 0 ? <p class="soft">No verdict yet: the first comes after the first whole epoch.</p> : (
           <ul class="events scroll" tabIndex={0} aria-label="Verdicts, newest first">
-            {[...verdicts].reverse().map((each, i) => <li key={i}><span class="soft">{ago(each.time, now)}</span> <span class={each.outcome === 'accepted' ? 'good' : 'bad'}>{each.outcome}</span>: expert {expert(each.shard)} epoch {each.epoch} <span dir="auto">{each.text}</span></li>)}
+            {[...verdicts].reverse().map((each, i) => <li key={i}><span class="soft">{ago(each.time, now)}</span> <span class={each.outcome === 'accepted' ? 'good' : 'bad'}>{each.outcome}</span>: expert {expert(each.shard)}{inLane(each.lane || null)} epoch {each.epoch} <span dir="auto">{each.text}</span></li>)}
           </ul>
         )}
       </section>

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 from PIL import Image
 
+from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.messages import JudgeTick, Merged, StartMerge
 from lutetia.coordinator.galleries import LIST, REAL, keep_gallery
 from lutetia.coordinator.ledger.events import Event, MixtureStitched, RouterTrained, RunCreated
 from lutetia.coordinator.ledger.log import Ledger
@@ -25,10 +27,13 @@ from lutetia.coordinator.web.listener import bind
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.canonical import digest_of
+from lutetia.protocol.schema.capabilities import LANES
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.records import CheckpointRecord, Hardware, NodeRecord
+from lutetia.protocol.schema.manifest import AuditPolicy
+from lutetia.protocol.schema.model.team_spec import TeamSpec
+from lutetia.protocol.schema.records import CheckpointRecord, ClaimRecord, Hardware, NodeRecord
 from lutetia.protocol.schema.status import SwarmStatus
-from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, blob, drive_judge, make_record
+from tests.coordinator.acceptance.judge_driver import COORDINATOR, PEERS, JudgeDriver, blob, drive_judge, make_record
 
 HOSTILE = "tensor <script>alert(1)</script> is not finite"
 STEP = 600.0
@@ -56,8 +61,11 @@ class RecordedRun:
         return self.driver.accept(PEERS[peer], shard)
 
 
-def _empty_run(folder: Path, driver: JudgeDriver, online: int) -> RecordedRun:
-    """A run of which nothing but its creation is in the ledger; the first `online` volunteers, or else peer 0, are online."""
+def _empty_run(folder: Path, driver: JudgeDriver, online: int, lanes: Collection[int] = ()) -> RecordedRun:
+    """A run of which nothing but its creation is in the ledger; the first `online` volunteers, or else peer 0, are online.
+
+    `lanes`: of shard 0, at which the peer of the same number works.
+    """
     root = RunFolder(folder)
     root.gallery.mkdir(parents=True)
     root.ticket.write_text("lutetia1" + "qpzry9x8gf2tvdw0s3jn54khce6mua7l" * 8 + "\n")
@@ -75,7 +83,18 @@ def _empty_run(folder: Path, driver: JudgeDriver, online: int) -> RecordedRun:
             )
             for peer in here
         ]  # fmt: skip
-        view = LiveView([Sighting(node, driver.now + 9, driver.now) for node in nodes], [])
+        claims = [
+            ClaimRecord(
+                run=driver.manifest.run_id, owner=PEERS[lane].public_key, issued=driver.now, shard=0, lane=lane, epoch=0,
+                samples=0, state="training",
+            )
+            for lane in lanes
+        ]  # fmt: skip
+        view = LiveView(
+            [Sighting(node, driver.now + 9, driver.now) for node in nodes],
+            [Sighting(claim, driver.now + 60, driver.now) for claim in claims], at_work={0: frozenset(lanes)} if lanes else None,
+            merging=frozenset(source for merge in driver.state.merging.values() for source in merge.sources),
+        )  # fmt: skip
         return status(ledger.state, driver.manifest, view, driver.now + 1, software="0.1")
 
     return RecordedRun(RunSource(root, ledger, lambda: driver.manifest, show), driver, written=1)
@@ -95,6 +114,31 @@ def record_run(folder: Path) -> RecordedRun:
         RouterTrained(time=run.driver.now, epochs=(2, 1), router=blob("router"), accuracy=0.9, accuracy_by_time=by_time)
     )  # fmt: skip
     return run
+
+
+def record_lane_run(folder: Path) -> RecordedRun:
+    """A shard of four lanes, three of them claimed; an epoch was merged from two, and one result of the next is there."""
+    team, unaudited = TeamSpec(lanes=4, quorum=0.5, deadline=900.0), AuditPolicy(streak=1, replay_steps=0, whole_epoch=0.0)
+    driver = drive_judge(shards=1, epochs=9, team=team, needs=(LANES,), audit=unaudited, name="A run with lanes")
+    run = _empty_run(folder, driver, 0, lanes=range(3))
+    accept_lane(run, 0)
+    accept_lane(run, 1)
+    [merge] = [action for action in driver.actions if isinstance(action, StartMerge)]
+    sources = tuple(source.acceptance.checkpoint for source in merge.sources)
+    made = make_record(driver.manifest, COORDINATOR, text="merged")
+    driver.send(Merged(0, sources, made, Verdict("valid", "holdout", "", 0.39, 0.5), driver.now))
+    driver.send(JudgeTick(driver.now, None, {0: frozenset(range(3))}))
+    accept_lane(run, 0)
+    run.write()
+    return run
+
+
+def accept_lane(run: RecordedRun, lane: int) -> None:
+    """The result of that lane of shard 0 for the next epoch, by the peer of the same number, is accepted."""
+    ledger = run.driver.state.run.shards[0]
+    record = make_record(run.driver.manifest, PEERS[lane], 0, ledger.epoch + 1, ledger.accepted, text=f"{lane}", lane=lane)
+    assert run.driver.offer(record).verdict == "queued"
+    run.driver.verdict(record)
 
 
 @asynccontextmanager

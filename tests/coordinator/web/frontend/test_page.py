@@ -14,7 +14,15 @@ from lutetia.coordinator.ledger.events import LineageRolledBack, SampleCostMeasu
 from lutetia.coordinator.web.frontend import BUILT
 from lutetia.protocol.schema.ticket import Ticket
 from tests.coordinator.acceptance.judge_driver import COORDINATOR, OWNER, PEERS
-from tests.coordinator.web.api.recorded_run import HOSTILE, record_long_run, record_run, serving, write_galleries
+from tests.coordinator.web.api.recorded_run import (
+    HOSTILE,
+    accept_lane,
+    record_lane_run,
+    record_long_run,
+    record_run,
+    serving,
+    write_galleries,
+)
 from tests.coordinator.web.frontend.chromium import AXE, FIRST_LOAD, PROMPTS, Scheme, browser, needs_chromium, opened
 
 pytestmark = needs_chromium
@@ -208,6 +216,29 @@ async def test_a_name_is_shown_until_the_owner_hides_it(tmp_path: Path) -> None:
         run.write()
         await expect(row).to_contain_text("8")  # of the new result: the page has read everything again
         await expect(page.get_by_text("Adas lab")).to_have_count(0)
+        assert not wrong
+
+
+async def test_lanes_show_who_holds_each_what_is_there_and_what_is_late(tmp_path: Path) -> None:
+    run = record_lane_run(tmp_path / "run")
+    async with browser() as chromium, opened(run, chromium, 360) as (page, wrong):
+        row, lanes = page.locator(".coverage tbody tr").first, page.locator(".lineage table.lanes tbody tr")
+        await expect(row).to_contain_text("4 lanes: 1 gathered, 2 training, 1 free")
+        await page.locator(".row").first.click()
+        await expect(page.locator(".lineage")).to_contain_text(
+            re.compile("2 of 4 accepted results are enough for the next epoch. 1 is there, and merged in .* at the latest")
+        )
+        states = ("accepted, waits for the mergemerged", "trainingmerged", "trainingno")
+        for lane, state in enumerate(states):
+            await expect(lanes.nth(lane)).to_have_text(f"{lane}{PEERS[lane].public_key[:8]}{state}")
+        accept_lane(run, 1)  # the quorum, and lane 2 comes after the merge
+        run.write()
+        await expect(row).to_contain_text("4 lanes: 2 merging, 1 late, 1 free")
+        await expect(lanes.nth(2)).to_contain_text("late: the others are merged without it")
+        if AXE.is_file():
+            await page.evaluate(AXE.read_text())
+            assert await page.evaluate("axe.run().then(r => r.violations.map(v => v.id))") == []
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
         assert not wrong
 
 
