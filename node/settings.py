@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from lutetia.models.device import PrecisionChoice
+from lutetia.models.training.kernels.choice import KernelChoice
 from lutetia.node.device_settings import DEVICES, Cap, read_cap, read_devices, unknown_cap
 from lutetia.node.schedule import WeeklyHours
 from lutetia.node.trainer.loss_log import parse_place
@@ -112,6 +113,11 @@ class NodeSettings(BaseSettings):
     precision: PrecisionChoice = Field(
         default="auto",
         description="Data type of the forward pass; auto takes bfloat16 on GPUs that have it, on older ones float16",
+    )
+    kernels: KernelChoice = Field(
+        default="auto",
+        description="How attention is computed and whether torch.compile is used: plain, as torch does by itself; measured, the "
+        "fastest of some steps; auto measures on cards and is plain on a CPU, where a replay then gives the same bits",
     )
     micro_batch: int | None = Field(default=None, ge=1, description="Clips per forward pass; by default the largest that fits")
     threads: Annotated[Cap | None, NoDecode, BeforeValidator(_read_threads)] = Field(

@@ -129,6 +129,7 @@ def job_of(audit: StartAudit, until: float, manifest: Manifest) -> AuditJob:
     return AuditJob(
         checkpoint=due.checkpoint, shard=due.shard, epoch=due.epoch, epochs=link.budgets[0],
         lane=due.lane, steps=audit.steps, precision=made.precision, moments=made.moments, kept_weights=made.weights,
+        kernels=made.kernels,
         weights=parent.weights if parent else init, state=parent.state if parent else None,
         end_weights=given.weights if due.whole else None, end_state=given.state if due.whole else None, until=until,
     )  # fmt: skip

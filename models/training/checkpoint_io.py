@@ -15,6 +15,7 @@ from torch import Tensor
 from lutetia.models.device import Precision
 from lutetia.models.tensor_files import TensorFile, read_document, write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_state, check_weights
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, Kernels, read_kernels
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.states.compact import WEIGHTS
 from lutetia.protocol.schema.manifest import CheckpointForm, Manifest
@@ -51,6 +52,8 @@ class Snapshot:
     """Losses of the epoch that is being trained or has just ended."""
     memory: MemoryOptions = PLAIN
     """In which forms the state was kept."""
+    kernels: Kernels = PLAIN_KERNELS
+    """How steps were computed."""
     packed: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors of the published files in the compact form (`packed_state`); empty in a run with the plain form."""
     sources: Mapping[int, Callable[[], Tensor]] = field(default_factory=dict, repr=False)
@@ -99,6 +102,8 @@ def write_state(snapshot: Snapshot, path: Path, *, ema: bool = True) -> None:
     document = {"format": 1, **{name: getattr(snapshot, name) for name in _PLACE}}
     if not snapshot.memory.exact:
         document["forms"] = [snapshot.memory.moments, snapshot.memory.weights]
+    if snapshot.kernels != PLAIN_KERNELS:
+        document["kernels"] = snapshot.kernels.word
     write_tensors(path, tensors, document, reading=snapshot.reading)
 
 
@@ -144,4 +149,7 @@ def read_place(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     given = header.get("forms")
     forms = tuple(map(str, given)) if isinstance(given, list) else (PLAIN.moments, PLAIN.weights)
     device = str(header.get("device", ""))
-    return {"run": manifest.run_id, **numbers, "precision": precision, "device": device, "forms": forms}
+    kernels = read_kernels(header.get("kernels"))
+    return {
+        "run": manifest.run_id, **numbers, "precision": precision, "device": device, "forms": forms, "kernels": kernels,
+    }  # fmt: skip

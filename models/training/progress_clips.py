@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lutetia.models.data.encode.text import load_text_encoder
 from lutetia.models.experts.objectives import schedule_of
 from lutetia.models.mixing.denoisers import ExpertCall, module_denoiser
 from lutetia.models.mixing.sampling import initial_noise, time_grid
+from lutetia.models.training.kernels.use import uncompiled
 from lutetia.models.training.trainer import ExpertTrainer
 
 MOST_CLIPS = 4
@@ -53,13 +55,14 @@ class ProgressClips:
         denoise = module_denoiser(trainer.model, spec.prediction, schedule_of(spec), lambda: ExpertCall(spec.inputs))
         trainer.model.eval()
         try:
-            for now, then in _pairs(time_grid(sampling.steps, sampling.time_shift)):
-                t = torch.full((len(x),), now, device=device)
-                flow = denoise(x, t, tokens, pooled)
-                if sampling.guidance != 1:
-                    null = denoise(x, t, *nothing)
-                    flow = torch.lerp(null, flow, sampling.guidance)
-                x = x + (then - now) * flow
+            with uncompiled() if trainer.kernels.compiled else nullcontext():
+                for now, then in _pairs(time_grid(sampling.steps, sampling.time_shift)):
+                    t = torch.full((len(x),), now, device=device)
+                    flow = denoise(x, t, tokens, pooled)
+                    if sampling.guidance != 1:
+                        null = denoise(x, t, *nothing)
+                        flow = torch.lerp(null, flow, sampling.guidance)
+                    x = x + (then - now) * flow
         finally:
             trainer.model.train()
         return self._codec.decode(x.cpu())

@@ -22,6 +22,7 @@ from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit
 from lutetia.models.training.checkpoint_io import Snapshot
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, Kernels
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.moment_distance import moment_distance
 from lutetia.models.training.states.compact import open_state
@@ -94,6 +95,7 @@ def replay(
     memory: MemoryOptions = PLAIN,
     progress: Callable[[int, int], None] = lambda done, steps: None,
     lane: int = 0,
+    kernels: Kernels = PLAIN_KERNELS,
 ) -> Replay:
     """Train again from `parent`.
 
@@ -112,6 +114,7 @@ def replay(
         memory: what to do to need less of it. The forms of moments and weights are those of the author.
         progress: called with (steps done, steps).
         lane: the lane that the author trained.
+        kernels: how attention is computed and whether blocks are compiled.
 
     Raises:
         CheckpointMisfit, IntegrityError: the parent's files do not fit.
@@ -119,7 +122,7 @@ def replay(
     """
     trainer = ExpertTrainer(
         manifest, shard, data, device=device, precision=precision, micro_batch=micro_batch, base=base, memory=memory,
-        lane=lane,
+        lane=lane, kernels=kernels,
     )  # fmt: skip
     trainer.restore(parent.epoch, parent.weights, parent.state)
     whole = manifest.lane_steps(lane)
@@ -132,7 +135,7 @@ def replay(
             progress(done + 1, steps)
     except TrainingDiverged:
         losses.append(math.nan)
-    made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch, memory=trainer.memory)
+    made = made_with(trainer.device.type, trainer.precision, trainer.micro_batch, memory=trainer.memory, kernels=trainer.kernels)
     if end is None or len(losses) < steps or not math.isfinite(losses[-1]):
         return Replay(tuple(losses), None, made)
     apart, noise = end_distances(trainer, start, end), None
@@ -183,7 +186,12 @@ def under_budget(manifest: Manifest, epochs: int) -> Manifest:
 
 
 def made_with(
-    device: str, precision: Precision, micro_batch: int, software: str = "", memory: MemoryOptions = PLAIN
+    device: str,
+    precision: Precision,
+    micro_batch: int,
+    software: str = "",
+    memory: MemoryOptions = PLAIN,
+    kernels: Kernels = PLAIN_KERNELS,
 ) -> TrainedWith:
     """Device, precision, micro-batch and software in the form that peers exchange. Rare devices count as "other".
 
@@ -199,6 +207,7 @@ def made_with(
         software=software,
         moments=memory.moments,
         weights=memory.weights,
+        kernels=kernels.word,
     )
 
 

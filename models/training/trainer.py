@@ -35,6 +35,8 @@ from lutetia.models.tensor_files import TensorFile, under
 from lutetia.models.training.batches import Batch, Batches, BatchesAhead
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
 from lutetia.models.training.checkpoint_io import Snapshot, check_resumable, read_weights, write_state, write_weights
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, Kernels
+from lutetia.models.training.kernels.use import attention_by, compile_blocks
 from lutetia.models.training.loss_scaling import scaled_backward
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.optimisers import Ema, Optimiser, ema_decay, keep_weights_in_bfloat16, learning_rate
@@ -75,6 +77,7 @@ class ExpertTrainer:
         memory: what to do to need less of it. Moments or weights in fewer bits change results; weights in bfloat16 need the
             precision bfloat16.
         lane: the lane of the shard, in a run with lanes.
+        kernels: how attention is computed and whether blocks are compiled. Changes results by rounding only.
 
     Raises:
         ConfigError: the expert does not fit the run's latents.
@@ -93,6 +96,7 @@ class ExpertTrainer:
         base: Base | None = None,
         memory: MemoryOptions = PLAIN,
         lane: int = 0,
+        kernels: Kernels = PLAIN_KERNELS,
     ) -> None:
         self.manifest, self.shard, self.data, self.lane = manifest, shard, data, lane
         self.base: Base | None = base
@@ -100,7 +104,7 @@ class ExpertTrainer:
         self.device = torch.device(device)
         self.micro_batch = micro_batch or manifest.optimisation.batch
         self.precision: Precision = precision
-        self.memory = memory
+        self.memory, self.kernels, self.strict_kernels, self._compiled = memory, kernels, False, False
         self.epoch, self.step_in_epoch = 0, 0
         self.trace: list[float] = []
         self._trained_on = self.device.type
@@ -192,15 +196,19 @@ class ExpertTrainer:
 
     def _accumulate(self, batch: Batch, factor: float = 1.0) -> Tensor:
         """Compute the gradients of the batch's mean loss times `factor`, micro-batch by micro-batch. Returns the loss."""
+        if self.kernels.compiled and not self._compiled:  # only now is it known which kernels an epoch was begun with
+            compile_blocks(self.model, strict=self.strict_kernels)
+            self._compiled = True
         total = torch.zeros((), device=self.device)
-        for first in range(0, len(batch), self.micro_batch):
-            rows = batch.rows(first, first + self.micro_batch).to(self.device)
-            with self._autocast():
-                asked = self._answers(rows), rows.latents, rows.noise, rows.time, rows.given
-                losses = weighted_losses(self.manifest.optimisation, self.spec, *asked)
-            loss = losses.sum() / len(batch)
-            (loss if factor == 1 else loss * factor).backward()
-            total += loss.detach()
+        with attention_by(self.kernels, strict=self.strict_kernels):
+            for first in range(0, len(batch), self.micro_batch):
+                rows = batch.rows(first, first + self.micro_batch).to(self.device)
+                with self._autocast():
+                    asked = self._answers(rows), rows.latents, rows.noise, rows.time, rows.given
+                    losses = weighted_losses(self.manifest.optimisation, self.spec, *asked)
+                loss = losses.sum() / len(batch)
+                (loss if factor == 1 else loss * factor).backward()
+                total += loss.detach()
         return total
 
     def _answers(self, rows: Batch):
@@ -244,6 +252,7 @@ class ExpertTrainer:
             "run": self.manifest.run_id, "shard": self.shard, "epoch": self.epoch + 1 if self.at_epoch_end else self.epoch,
             "step": 0 if self.at_epoch_end else self.step_in_epoch, "samples": self.samples, "micro_batch": self.micro_batch,
             "precision": self.precision, "device": self._trained_on, "trace": list(self.trace), "memory": self.memory,
+            "kernels": self.kernels,
         }  # fmt: skip
 
     def _state(self, kind: type[S]) -> S:
@@ -326,7 +335,7 @@ class ExpertTrainer:
             self._place(place["epoch"], place["step"], trace)
             self._optimiser.load(self._part_of(state), self.steps)
         if place["step"]:  # an epoch must be finished with the same split, or sums differ in their last bits
-            self.micro_batch, self.precision = place["micro_batch"], place["precision"]
+            self.micro_batch, self.precision, self.kernels = place["micro_batch"], place["precision"], place["kernels"]
             if place["device"] not in ("", self.device.type):
                 self._trained_on = "other"  # no single kind of device can replay it
 

@@ -127,7 +127,8 @@ class NodeTasks:
             epoch=start.place.epoch, parent=start.place.parent, weights=start.weights, state=start.state,
             local=start.place.local, base=self.workspace.base_model(),
             until=action.until, device=probed.device, precision=fit.precision or probed.precision,
-            micro_batch=max(1, whole >> action.halvings), memory=fit.memory, threads=choice.threads, duty=settings.duty,
+            micro_batch=max(1, whole >> action.halvings), memory=fit.memory, kernels=fit.kernels,
+            threads=choice.threads, duty=settings.duty,
             losses=settings.losses, clips_every=settings.clips_every,
             save_every=settings.save_every, local_bytes_per_day=choice.local_bytes_per_day,
         )  # fmt: skip

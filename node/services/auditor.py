@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from lutetia.models.data.parts.order import parts_used
+from lutetia.models.training.kernels.choice import reproduced
 from lutetia.models.training.memory.options import MemoryOptions
 from lutetia.node.runtime.data_parts import check_index_size
 from lutetia.node.runtime.devices.device_shell import DeviceShell
@@ -141,16 +142,7 @@ class NodeAuditor:
         self, job: AuditJob, paths: dict[str, Path], doubt: tuple[float, float, bool] | None
     ) -> ReplayFinished | None:
         """Replay in a trainer process, which is ended when the replay is cancelled."""
-        result, trainer = self.shell.prober.result, self.shell.trainer
-        assert result
-        fit, forms = result.shards[job.shard], {"moments": job.moments, "weights": job.kept_weights}
-        values = {
-            **job.model_dump(include={"shard", "lane", "epochs", "steps", "precision"}), **paths,
-            "manifest": self.shell.workspace.paths.manifest, "epoch": job.epoch - 1, "device": result.device,
-            "micro_batch": fit.micro_batch, "memory": MemoryOptions.model_validate({**fit.memory.model_dump(), **forms}),
-            "threads": self.shell.choice.threads, "base": self.shell.workspace.base_model(), "doubt": doubt,
-        }  # fmt: skip
-        question = ReplayQuestion.model_validate(values)
+        question, trainer = self._question(job, paths, doubt), self.shell.trainer
         message = None
         child = await trainer.take()
         try:
@@ -164,6 +156,20 @@ class NodeAuditor:
             log.warning("could not replay epoch %d of shard %d: %s", job.epoch, job.shard, why)
             return None
         return report
+
+    def _question(self, job: AuditJob, paths: dict[str, Path], doubt: tuple[float, float, bool] | None) -> ReplayQuestion:
+        """How this node replays a job: in the author's forms, with what its own probe found."""
+        result = self.shell.prober.result
+        assert result
+        fit, forms = result.shards[job.shard], {"moments": job.moments, "weights": job.kept_weights}
+        values = {
+            **job.model_dump(include={"shard", "lane", "epochs", "steps", "precision"}), **paths,
+            "manifest": self.shell.workspace.paths.manifest, "epoch": job.epoch - 1, "device": result.device,
+            "micro_batch": fit.micro_batch, "memory": MemoryOptions.model_validate({**fit.memory.model_dump(), **forms}),
+            "kernels": reproduced(job.kernels, fit.kernels),
+            "threads": self.shell.choice.threads, "base": self.shell.workspace.base_model(), "doubt": doubt,
+        }  # fmt: skip
+        return ReplayQuestion.model_validate(values)
 
 
 def made_with(replayed: ReplayFinished) -> TrainedWith:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from lutetia.models.device import Precision
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, Kernels
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.checkpoint_folder import LocalState
@@ -41,6 +42,7 @@ class Assignment(Frozen):
     precision: Precision = Field(default="float32", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
+    kernels: Kernels = Field(default=PLAIN_KERNELS, description="Attention kernel, and whether blocks are compiled")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     duty: float = Field(default=1.0, gt=0, le=1, description="Duty cycle: share of time that training may use")
     losses: str | None = Field(default=None, description="Where losses are exported, as in the setting; None: nowhere")

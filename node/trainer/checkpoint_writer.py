@@ -198,7 +198,9 @@ class CheckpointWriter:
         kept = KeptCheckpoint(
             run=snapshot.run, shard=snapshot.shard, lane=self.folder.lane, epoch=snapshot.epoch, parent=self.parent,
             samples=snapshot.samples, loss=sum(snapshot.trace) / len(snapshot.trace), **refs,
-            made=made_with(snapshot.device, snapshot.precision, snapshot.micro_batch, software_version(), snapshot.memory),
+            made=made_with(
+                snapshot.device, snapshot.precision, snapshot.micro_batch, software_version(), snapshot.memory, snapshot.kernels
+            ),
         )  # fmt: skip
         write_atomic(part / CHECKPOINT, canonical(kept))
         return kept

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from lutetia.models.data.parts.reader import Wait, open_shard
+from lutetia.models.training.kernels.use import compiled_code_apart
 from lutetia.models.training.replay import under_budget
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
@@ -313,6 +314,7 @@ def build(assignment: Assignment, wait: Wait | None = None, split: Split | None 
             device=torch_cards(assignment.device)[split.rank if split else 0],
             micro_batch=assignment.micro_batch, precision=assignment.precision,
             base=assignment.base, memory=assignment.memory, lane=assignment.lane,
+            kernels=assignment.kernels,
         )  # fmt: skip
     except (DataError, IntegrityError, ConfigError) as error:
         raise TrainerEnded("bad-shard", str(error)) from error
@@ -352,12 +354,13 @@ def work(channel: ParentChannel, memory: int | None = None) -> Exit:
     """
     torch.set_flush_denormal(True)  # a parent full of such numbers would make every step several times as slow
     orders = DaemonOrders(channel, memory)
-    while True:
-        reason = _work_once(orders)
-        if reason != "stopped" or not orders.staying:
-            return reason
-        orders.begin_again()
-        gc.collect()  # the next one needs the memory
+    with compiled_code_apart():
+        while True:
+            reason = _work_once(orders)
+            if reason != "stopped" or not orders.staying:
+                return reason
+            orders.begin_again()
+            gc.collect()  # the next one needs the memory
 
 
 def _work_once(orders: DaemonOrders) -> Exit:

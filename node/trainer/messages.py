@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from lutetia.models.device import Precision
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, Kernels
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.node.machine.messages import Exit
 from lutetia.node.trainer.assignment import Assignment
@@ -49,6 +50,7 @@ class ReplayQuestion(Frozen):
     end_state: Path | None = Field(default=None, description="Training state of the checkpoint under audit")
     precision: Precision = Field(description="Data type of the forward pass")
     memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory, in the author's forms")
+    kernels: Kernels = Field(default=PLAIN_KERNELS, description="The author's, if this node's probe chose the same; else plain")
     device: str = Field(description="cpu, mps, cuda:N or xpu:N")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass; None: the whole batch")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")

@@ -20,6 +20,7 @@ import psutil
 from pydantic import Field
 
 from lutetia.models.device import Precision, PrecisionChoice, free_cached_memory
+from lutetia.models.training.kernels.choice import PLAIN_KERNELS, KernelChoice, Kernels
 from lutetia.models.training.memory.needs import RunNeeds
 from lutetia.models.training.memory.options import PLAIN, MemoryOptions
 from lutetia.models.training.memory.plan import ExpertFacts, MemoryPlan, plan_memory
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 300.0
+KERNEL_SHARE = 0.6
+"""Share of a probe's time after which kernels are measured no longer; the rest is for what is left to try."""
 _PLAIN_BYTES, _SMALL = 20, 0.1
 """Bytes a number of plain training without activations, and the share of the memory below which that is small."""
 _LESS = 0.8
@@ -61,6 +64,7 @@ class ProbeQuestion(Frozen):
     device: str = Field(default="auto", description="auto, cpu, mps, cuda, cuda:N, xpu or xpu:N")
     precision: PrecisionChoice = Field(default="auto", description="Data type of the forward pass")
     micro_batch: int | None = Field(default=None, description="Clips per forward pass to try first; None: the whole batch")
+    kernels: KernelChoice = Field(default="auto", description="Whether attention kernels and compiling are measured")
     threads: int | None = Field(default=None, description="CPU threads; None: the default of torch")
     memory: int | None = Field(default=None, description="Bytes that training may take of the device; None: all that is free")
     hardware: str = Field(default="", description="Digest of this machine's cards, processor and drivers")
@@ -74,6 +78,7 @@ class ShardFit(Frozen):
     micro_batch: int | None = Field(default=None, description="Clips per forward pass that work")
     memory: MemoryOptions = Field(default=PLAIN, description="What is done to need less memory")
     precision: Precision | None = Field(default=None, description="Data type of the forward pass; None: the chosen one")
+    kernels: Kernels = Field(default=PLAIN_KERNELS, description="Attention kernel, and whether blocks are compiled")
     takes: tuple[int, int] | None = Field(
         default=None, description="Bytes on the device and in main memory beside it, as planned; None: not counted"
     )
@@ -170,6 +175,7 @@ def probe(question: ProbeQuestion) -> ProbeResult:
 
     from lutetia.models.training.memory.forecast import run_needs
 
+    until = time.monotonic() + KERNEL_SHARE * PROBE_SECONDS
     if question.threads:
         torch.set_num_threads(question.threads)
     manifest = SignedManifest.model_validate_json(question.manifest.read_bytes()).manifest
@@ -186,7 +192,7 @@ def probe(question: ProbeQuestion) -> ProbeResult:
         spec = manifest.expert_of(shard.index)
         kind = spec.model_dump_json()
         if unmet is None and kind not in tried:
-            tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question)
+            tried[kind], measured = _try_expert(manifest, shard.index, device, precision, question, until)
             if measured and needs is None:
                 rate, needs = measured, run_needs(manifest, shard.index)
             log.info("expert of shard %d: %s", shard.index, tried[kind].reason)
@@ -243,12 +249,16 @@ def plans(facts: Callable[[], ExpertFacts], parameters: int, memory: int, ask: P
 
 
 def _try_expert(
-    manifest: Manifest, shard: int, device: str, precision: Precision, question: ProbeQuestion
+    manifest: Manifest, shard: int, device: str, precision: Precision, question: ProbeQuestion, until: float
 ) -> tuple[ShardFit, float]:
-    """Train steps of the shard's expert on random clips, by the first plan that works: (fit, samples per second)."""
+    """Train steps of the shard's expert on random clips, by the first plan that works: (fit, samples per second).
+
+    `until`: when kernels are measured no longer, in the seconds of `time.monotonic`.
+    """
     from lutetia.models.experts.families import build_meta
     from lutetia.models.training.memory.activations import expert_facts
     from lutetia.models.training.memory.forecast import result_bytes
+    from lutetia.node.trainer.kernels.measuring import KernelOrder, kernels_for
     from lutetia.node.trainer.units.trials import UnitTrialRunner, probe_data
 
     batch, data = manifest.optimisation.batch, probe_data(manifest)
@@ -267,11 +277,18 @@ def _try_expert(
             if size is not None:
                 why = "as set" if wanted and size == wanted else "the whole batch" if size >= batch else "the largest that fits"
                 reason = f"micro-batch {size}, {why}; {plan.reason}"
+                order = KernelOrder(
+                    manifest=question.manifest, shard=shard, device=device, precision=plan.precision, micro_batch=size,
+                    memory=plan.options, threads=question.threads, limit=question.memory,
+                )  # fmt: skip
+                found = kernels_for(question.kernels, order, manifest, until)
+                rate = batch / found.step_seconds if found.step_seconds else trial.rate
+                reason = f"{reason}; {found.reason}"
                 takes = (plan.need.device, plan.need.host) if plan.need else None
                 return ShardFit(
                     fitness=1.0, micro_batch=size, memory=plan.options, precision=plan.precision, takes=takes, reason=reason,
-                    result_bytes=sum(result_bytes(manifest, shard)),
-                ), trial.rate  # fmt: skip
+                    kernels=found.kernels, result_bytes=sum(result_bytes(manifest, shard)),
+                ), rate  # fmt: skip
             if not trial.out_of_memory:
                 break
     except LutetiaError as error:

@@ -26,6 +26,7 @@ def answer_replay(question: ReplayQuestion) -> ReplayFinished | RequestFailed:
             end=end, device=question.device, precision=question.precision, micro_batch=question.micro_batch,
             base=question.base, memory=question.memory,
             doubt=ReplayDoubt(*question.doubt) if question.doubt else None, lane=question.lane,
+            kernels=question.kernels,
         )  # fmt: skip
     except (LutetiaError, RuntimeError, MemoryError) as error:
         return RequestFailed(text=" ".join(str(error).split())[:500])

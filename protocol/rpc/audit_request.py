@@ -19,6 +19,7 @@ from lutetia.protocol.schema.fields import (
     EpochNumber,
     LaneIndex,
     Moment,
+    OpenWord,
     PublicKey,
     Seconds,
     Sentence,
@@ -55,6 +56,7 @@ class AuditJob(WireDocument):
     precision: Literal["float32", "bfloat16"] = Field(description="Precision in which the author trained")
     moments: Literal["float32", "8bit"] = added("float32", "Form in which the author kept AdamW's moments")
     kept_weights: Literal["float32", "bfloat16"] = added("float32", "Form in which the author kept the weights")
+    kernels: OpenWord = added("plain", "The author's attention kernel and whether it compiled, as in its record")
     weights: BlobRef | None = Field(default=None, description="Weights of the parent; null for the first epoch")
     state: BlobRef | None = Field(default=None, description="Training state of the parent; null for the first epoch")
     end_weights: BlobRef | None = Field(default=None, description="The author's weights after the whole epoch")

@@ -21,6 +21,7 @@ from lutetia.protocol.schema.fields import (
     LaneIndex,
     MeasuredLoss,
     Moment,
+    OpenWord,
     PeerId,
     PeerName,
     PublicKey,
@@ -86,6 +87,9 @@ class TrainedWith(WireDocument):
     moments: Literal["float32", "8bit"] = added("float32", "Form in which AdamW's moments were kept from step to step")
     weights: Literal["float32", "bfloat16"] = added(
         "float32", "Form in which the weights were kept; bfloat16 with what it rounds off in a second number"
+    )
+    kernels: OpenWord = added(
+        "plain", "Attention kernel and whether blocks were compiled, like flash compiled; plain: neither was chosen"
     )
 
 

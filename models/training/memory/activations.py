@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from lutetia.models.device import Precision
 from lutetia.models.experts.families import build_meta, call_expert, family_of
 from lutetia.models.experts.trained import trained_parameters
+from lutetia.models.training.kernels.use import repeated_blocks
 from lutetia.models.training.memory.plan import ExpertFacts, KeptBytes
 from lutetia.models.training.optimisers import hidden_matrices, narrow_weights
 from lutetia.protocol.schema.canonical import canonical
@@ -97,7 +98,7 @@ def _by_formula(spec: ExpertSpec, latent: LatentSpec, precision: Precision, chec
     patch = family_of(spec.class_name).patch(config)
     tokens = latent.text_tokens + math.prod(-(-size // step) for size, step in zip(latent.shape[1:], patch, strict=True))
     width = config["num_attention_heads"] * config["attention_head_dim"] * (2 if precision == "float32" else 1)
-    count = len(_blocks(model))
+    count = len(repeated_blocks(model))
     return KeptBytes(0, (2 if checkpointing else 34) * tokens * width * count, 34 * tokens * width)
 
 
@@ -130,7 +131,7 @@ def _kept(
             alive.append(tensor)
         return tensor
 
-    handles = [hook for block in _blocks(model) for hook in _measure(block, kept, blocks)]
+    handles = [hook for block in repeated_blocks(model) for hook in _measure(block, kept, blocks)]
     autocast = nullcontext() if precision == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
     x = torch.empty(rows, *latent.shape)
     text, pooled = torch.empty(rows, latent.text_tokens, latent.text_width), torch.empty(rows, latent.pooled_width)
@@ -147,10 +148,6 @@ def _kept(
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for part in model.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def _measure(block: nn.Module, kept: dict[int, int], found: list[int]) -> list[torch.utils.hooks.RemovableHandle]:

@@ -67,6 +67,7 @@ class HardwareProber:
         question = ProbeQuestion(
             manifest=self.paths.manifest, device=self.choice.torch_name, precision=settings.precision,
             micro_batch=settings.micro_batch, threads=self.choice.threads, memory=self.choice.memory,
+            kernels=settings.kernels,
             hardware=await asyncio.to_thread(self._hardware),
             free_disk=min(free, settings.disk_limit) if settings.disk_limit else free,
         )  # fmt: skip

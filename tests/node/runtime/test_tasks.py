@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lutetia.models.training.kernels.choice import Kernels
 from lutetia.node.device_settings import DeviceChoice
 from lutetia.node.machine import messages as m
 from lutetia.node.runtime.devices.hardware_prober import HardwareProber
@@ -17,6 +18,7 @@ from lutetia.node.runtime.network import NodeNetwork
 from lutetia.node.runtime.tasks import NodeTasks
 from lutetia.node.runtime.workspace import RunPaths, Workspace
 from lutetia.node.settings import NodeSettings
+from lutetia.node.trainer.assignment import Assignment
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.node.trainer.probe import ProbeResult, ShardFit
 from lutetia.protocol.blobs.download import serve_blobs
@@ -124,6 +126,17 @@ async def test_read_only_disk_counts_as_full_at_trainer_start(run: TinyRun, tmp_
         assert isinstance(answer, m.TrainerExited)
         assert answer.reason == "disk-full"
         assert "read-only" in str(node.tasks.disk_problem)
+
+
+async def test_trainer_takes_the_kernels_that_the_probe_chose(run: TinyRun, tmp_path: Path):
+    node = await NodeSetup.create(run, tmp_path / "node")
+    found = probe_result()
+    fit = found.shards[0].model_copy(update={"kernels": Kernels(attention="math")})
+    node.tasks.prober.result = found.model_copy(update={"shards": {0: fit, 1: fit}})
+    await node.tasks.sync(m.Sync(0, 0, None))
+    assignment = await node.tasks.assignment(m.StartTrainer(1, 0, 0, None, 2))
+    assert isinstance(assignment, Assignment)
+    assert assignment.kernels.word == "math"
 
 
 def total(refs: Iterable[BlobRef]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lutetia.models.data.parts.index import read_index
+from lutetia.models.training.kernels.choice import Kernels
 from lutetia.node.contributions import Contributions
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.runtime.replication_policy import Replica
@@ -65,6 +66,17 @@ async def test_replay_of_few_steps_needs_few_parts_of_the_data(tmp_path: Path):
     assert auditor._parts(JOB.model_copy(update={"epoch": 2})) != few
     whole = JOB.model_copy(update={"end_weights": index.parts[0].blob, "end_state": index.parts[0].blob})
     assert len(auditor._parts(whole)) == len(index.parts) == 10
+
+
+async def test_replay_takes_the_kernels_of_the_author_only_where_the_own_probe_chose_them(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    shell = make_shell(await NodeSetup.create(run, tmp_path / "node"), tmp_path)
+    found = probe_result()
+    fit = found.shards[0].model_copy(update={"kernels": Kernels(attention="math")})
+    shell.prober.result = found.model_copy(update={"shards": {0: fit}})
+    for word, taken in (("math", "math"), ("plain", "plain"), ("compiled", "plain"), ("made up", "plain")):
+        question = NodeAuditor(shell)._question(JOB.model_copy(update={"kernels": word}), {"data": run.data(0)}, None)
+        assert question.kernels.word == taken
 
 
 @pytest.mark.parametrize(
