@@ -58,13 +58,13 @@ def run_settings(name: str, **changes: Any) -> RunSettings:
     return RunSettings(**{**values, **changes})
 
 
-def create_by_command(name: str, folder: Path, *options: str) -> Manifest:
-    """The same by `lutetia run create --from`, with further `options`."""
-    (folder / "run.toml").write_text(_RUN)
-    words = ("--config", folder / "run.toml", "--from", pipeline_folder(name), *options)
-    made = lutetia("run", "create", folder / "data", folder / "run", *words)
+def create_by_command(name: str, data: Path, run: Path, *options: str, more: str = "") -> Manifest:
+    """A run by `lutetia run create --from`, with further `options`, and `more` in its settings file."""
+    settings = run.with_suffix(".toml")
+    settings.write_text(_RUN + more)
+    made = lutetia("run", "create", data, run, "--config", settings, "--from", pipeline_folder(name), *options)
     assert made.returncode == 0, made.stderr
-    return RunFolder(folder / "run").read_manifest(time.time()).manifest
+    return RunFolder(run).read_manifest(time.time()).manifest
 
 
 _RUN = f"""
