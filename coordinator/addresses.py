@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from lutetia.protocol.schema.ticket import Ticket
+from lutetia.system.errors import ConfigError
 
 _LABEL = r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)"
 _NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
@@ -70,3 +71,20 @@ def reach_of_ticket(ticket: str) -> Reach:
     """Who can dial at least one of a ticket's addresses. Raises ConfigError when it is malformed."""
     hosts = [(kind, host, port) for _, kind, host, _, port, *_ in (place.split("/") for place in Ticket.decode(ticket).addresses)]
     return reach([f"[{host}]:{port}" if kind == "ip6" else f"{host}:{port}" for kind, host, port in hosts])
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port of `host:port`. Raises ConfigError if there is no such port."""
+    host, _, port = address.rpartition(":")
+    if not 1 <= int(port) <= 65535:
+        raise ConfigError(f"the address {address} has no port between 1 and 65535; write it as host:port")
+    return host.strip("[]"), int(port)
+
+
+def multiaddr(address: str) -> str:
+    """`host:port` as libp2p writes it. Raises ConfigError as `split_address`."""
+    host, port = split_address(address)
+    try:
+        return f"/ip{ipaddress.ip_address(host).version}/{host}/tcp/{port}"
+    except ValueError:
+        return f"/dns/{host}/tcp/{port}"

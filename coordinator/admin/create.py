@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from lutetia.coordinator.addresses import multiaddr, split_address
 from lutetia.coordinator.admin.base import keep_base, with_base
 from lutetia.coordinator.admin.pipeline_settings import check_first_frame, pipeline_needs, with_first_frame, with_pipeline
 from lutetia.coordinator.admin.upgrade import published
@@ -28,7 +29,7 @@ from lutetia.models.data.description import DataDescription, DataFile, files_of,
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.capabilities import COMPACT, LANES, SHARD_PARTS
+from lutetia.protocol.schema.capabilities import CAPTIONS, COMPACT, LANES, SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, first_problem, needed_capabilities
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
@@ -224,6 +225,7 @@ def _manifest(
                 SHARD_PARTS, *needed_capabilities(expert, settings.optimisation),
                 *pipeline_needs(expert, description.latent, settings.sampling), *([COMPACT] * (form == "compact")),
                 *([LANES] * (settings.team is not None)),
+                *([CAPTIONS] * any(shard.train.captions > 1 for shard in description.shards)),
             ),
             checkpoints=form, team=settings.team,
             card=settings.card,
@@ -272,8 +274,8 @@ def _import(store: BlobStore, data: Path, file: DataFile) -> None:
 
 def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity) -> tuple[Endpoint, Ticket]:
     """Listen on loopback when the first address is one, else on all interfaces; the ticket names all addresses."""
-    places = [_multiaddr(address) for address in settings.addresses]
-    host, port = _split(settings.addresses[0])
+    places = [multiaddr(address) for address in settings.addresses]
+    host, port = split_address(settings.addresses[0])
     try:
         address = ip_address(host)
     except ValueError:
@@ -288,18 +290,3 @@ def _addresses(settings: RunSettings, manifest: Manifest, coordinator: Identity)
         addresses=tuple(f"{place}/p2p/{coordinator.peer_id}" for place in places),
     )
     return Endpoint(listen=listen, announce=tuple(place for place in places if place != listen)), ticket
-
-
-def _split(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    if not 1 <= int(port) <= 65535:
-        raise ConfigError(f"the address {address} has no port between 1 and 65535; write it as host:port")
-    return host.strip("[]"), int(port)
-
-
-def _multiaddr(address: str) -> str:
-    host, port = _split(address)
-    try:
-        return f"/ip{ip_address(host).version}/{host}/tcp/{port}"
-    except ValueError:
-        return f"/dns/{host}/tcp/{port}"

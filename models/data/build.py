@@ -112,7 +112,7 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
             repeated = drop_copies_of_test_clips(prepared)
             buckets = _clips_of_buckets(recipe, prepared)
         with _timed(seconds, "captions"):
-            captions = [clip.caption for clip in prepared.clips]
+            captions = [caption for clip in prepared.clips for caption in clip.captions]
             encoder = _text_encoder(settings, text, captions)
             embedded = prepare_captions(captions, encoder, cache, progress)
 

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from lutetia.models.data.cluster.report import ClusterReport
 from lutetia.models.data.parts.index import part_path, read_index
 from lutetia.protocol.schema.canonical import Frozen
-from lutetia.protocol.schema.fields import Count, Name
+from lutetia.protocol.schema.fields import Count, Name, added
 from lutetia.protocol.schema.manifest import first_problem
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
@@ -31,6 +31,7 @@ class DataFile(Frozen):
     blob: BlobRef = Field(description="digest and size of the index")
     clips: Count = Field(description="number of clips")
     bytes: Count = Field(description="bytes of index and parts")
+    captions: Count = added(1, "captions of the clip that has most of them")
 
 
 class DataShard(Frozen):

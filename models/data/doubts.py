@@ -48,11 +48,12 @@ def find_doubts(
         sentences.append(
             "text builtin:words is a stand-in that knows no meaning of words; name a text encoder (--text), such as a CLIP or T5"
         )
-    wordless = {caption for caption in {clip.caption for clip in prepared.clips} if text.count([caption]) == 0}
-    silent = [clip.name for clip in prepared.clips if clip.caption in wordless]
+    captions = [(clip.name, caption) for clip in prepared.clips for caption in clip.captions]
+    wordless = {caption for caption in {caption for _, caption in captions} if text.count([caption]) == 0}
+    silent = [name for name, caption in captions if caption in wordless]
     if silent:
         sentences.append(
-            f"{len(silent)} of {len(prepared.clips)} captions hold no words (the first is of {silent[0]}) and train as no "
+            f"{len(silent)} of {len(captions)} captions hold no words (the first is of {silent[0]}) and train as no "
             "caption; write words"
         )
     return Doubts(tuple(sentences), ratio)

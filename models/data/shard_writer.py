@@ -138,7 +138,8 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
     if not rows:
         return None
     relative = f"shards/{index:03d}.{split}.safetensors"
-    captions = {source.prepared.clips[row].caption for row in rows}
+    drawn = split == "train"  # of other clips the first caption is used
+    captions = {caption for row in rows for caption in source.prepared.clips[row].captions[: None if drawn else 1]}
     numbers = sum(math.prod(latent.in_bucket(source.prepared.buckets[row]).shape) for row in rows)
     total = 2 * (numbers + len(captions) * latent.text_tokens * latent.text_width)
     null = text_of("", *source.embedded.null) if source.embedded.null else None
@@ -146,19 +147,24 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
     mean, std = (torch.tensor(each).view(-1, 1, 1, 1) for each in (latent.mean, latent.std))
     for row in rows:  # one at a time: a shard may be larger than the memory
         clip = source.prepared.clips[row]
+        first, *more = (
+            text_of(caption, source.embedded.tokens(caption), source.embedded.pooled[caption])
+            for caption in clip.captions[: None if drawn else 1]
+        )
         writer.add(
             (torch.from_numpy(source.latents(row)) - mean) / std,
-            text_of(clip.caption, source.embedded.tokens(clip.caption), source.embedded.pooled[clip.caption]),
+            first,
             clip.kind,
             source.prepared.digests[row],
             source.prepared.buckets[row],
+            more,
         )
     return data_file(relative, writer.finish())
 
 
 def data_file(path: str, written: WrittenShard) -> DataFile:
     """The entry of `data.json` for a shard that was written to `path`, relative to the folder."""
-    return DataFile(path=path, blob=written.blob, clips=written.clips, bytes=written.bytes)
+    return DataFile(path=path, blob=written.blob, clips=written.clips, bytes=written.bytes, captions=written.captions)
 
 
 def _write_sheet(path: Path, source: BuildInputs, index: int, name: str) -> None:
@@ -185,6 +191,7 @@ def _clip_lines(source: BuildInputs) -> bytes:
         {
             "file_name": clip.name, "sha256": digest, "caption": clip.caption, "kind": clip.kind,
             "split": placement.splits[row], "shard": int(placement.shards[row]),
+            **({"captions": list(clip.captions)} if clip.more else {}),
         }
         for row, (clip, digest) in enumerate(zip(prepared.clips, prepared.digests, strict=True))
     ]  # fmt: skip

@@ -45,8 +45,10 @@ class ClipReader(Protocol):
         """Clips of each bucket; clips are numbered bucket by bucket."""
         ...
 
-    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+    def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ClipRows:
         """The clips `rows`, all of one bucket, in that order; without tokens those are [N, 0, D].
+
+        `captions` says which of its captions each clip has, as a place in [0, 1) among them, [N]; None: the first.
 
         Raises IntegrityError or DataError if they cannot be read.
         """
@@ -55,7 +57,7 @@ class ClipReader(Protocol):
 
 @dataclass
 class ShardData(ClipRows):
-    """The clips of a shard, in memory.
+    """The clips of a shard, in memory. Each has one caption.
 
     Attributes:
         captions: N captions.
@@ -75,12 +77,12 @@ class ShardData(ClipRows):
         """One bucket."""
         return (len(self),)
 
-    def take(self, rows: Rows, *, with_tokens: bool = True) -> ShardData:
+    def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ShardData:
         """The clips `rows`, in that order; copies, not views."""
         picked = torch.as_tensor(rows, dtype=torch.long)
         tokens = self.tokens[picked] if with_tokens else self.tokens[picked, :0]
-        captions, kinds = ([words[row] for row in picked.tolist()] for words in (self.captions, self.kinds))
-        return ShardData(self.latents[picked], tokens, self.pooled[picked], captions, kinds, self.null)
+        texts, kinds = ([words[row] for row in picked.tolist()] for words in (self.captions, self.kinds))
+        return ShardData(self.latents[picked], tokens, self.pooled[picked], texts, kinds, self.null)
 
 
 def shape_problem(data: ShardData, latent: LatentSpec) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ def train_router(
         optimiser.param_groups[0]["lr"] = spec.learning_rate * rate
         draw = stream(run, seed, 0, step, "router")
         rows = _choose(manifest, shards, draw, spec.batch, manifest.optimisation.text_dropout)
-        logits = router(*(tensor.to(device) for tensor in _noisy(router.latent_size, shards, rows, draw)))
+        captions = torch.from_numpy(stream(run, seed, 0, step, "router captions").random(spec.batch))
+        drawn = replace(rows, captions=captions)
+        logits = router(*(tensor.to(device) for tensor in _noisy(router.latent_size, shards, drawn, draw)))
         loss = nn.functional.cross_entropy(logits, rows.labels.to(device))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -128,6 +130,8 @@ class _Rows:
     """Flow time of its noise."""
     with_text: Tensor
     """Whether the router gets its text."""
+    captions: Tensor
+    """Which of its captions, as a place in [0, 1) among them."""
 
     def split(self, size: int) -> list[_Rows]:
         parts = (getattr(self, field.name).split(size) for field in fields(self))
@@ -145,7 +149,8 @@ def _choose(
     labels = draw.choice(len(shards), size=count, p=priors / priors.sum())
     clips = torch.tensor([int(draw.integers(len(shards[label]))) for label in labels])
     t = torch.from_numpy((draw.permutation(count) + draw.random(count)) / count).float()
-    return _Rows(torch.from_numpy(labels), clips, t, torch.from_numpy(draw.random(count) >= text_dropout))
+    with_text = torch.from_numpy(draw.random(count) >= text_dropout)
+    return _Rows(torch.from_numpy(labels), clips, t, with_text, torch.zeros(count))
 
 
 def _noisy(
@@ -172,7 +177,7 @@ def _taken(shards: Sequence[ClipReader], rows: _Rows) -> ClipRows:
     for label in rows.labels.unique().tolist():
         places = (rows.labels == label).nonzero().flatten()
         order.append(places)
-        parts.append(shards[label].take(rows.clips[places], with_tokens=False))
+        parts.append(shards[label].take(rows.clips[places], with_tokens=False, captions=rows.captions[places]))
     back = torch.cat(order).argsort()
     return ClipRows(*(torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(ClipRows)))
 

@@ -71,11 +71,12 @@ class Batches:
         """The batch of `step` (0, 1, …) of `epoch` (0, 1, …).
 
         Times are stratified: row i's uniform lies in the i-th of B equal strata. As clips come in random order, every clip's
-        time keeps its distribution, and a small batch's loss varies far less.
+        time keeps its distribution, and a small batch's loss varies far less. Of the captions of a clip one is drawn.
         """
         size, place = self._settings.batch, (self._run, self._shard, epoch, step)
         number = batch_number(epoch * self._steps + step, self._lane, self._lanes)
-        clips = self._data.take(torch.from_numpy(self._order.clips(number)))
+        drawn = torch.from_numpy(stream(*place, of_lane("caption", self._lane)).random(size))
+        clips = self._data.take(torch.from_numpy(self._order.clips(number)), captions=drawn)
         null = self._data.null or (None, None)
         jitter, dropout = stream(*place, of_lane("rows", self._lane)).random((2, size))
         kept = torch.from_numpy(dropout >= self._settings.text_dropout)

@@ -17,15 +17,17 @@ LOSS_WEIGHTS = "loss-weights"
 COMPACT = "compact-checkpoints"
 FIRST_FRAME = "first-frame"
 LANES = "lanes"
+CAPTIONS = "captions"
 CAPABILITIES: tuple[str, ...] = (
-    "unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT, LANES, FIRST_FRAME,
+    "unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT, LANES, FIRST_FRAME, CAPTIONS,
 )  # fmt: skip
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.
 `pipelines`: gives experts texts, inputs and noise as the diffusers pipeline does that they start from.
 `loss-weights`: weighs losses as the manifest says. `compact-checkpoints`: writes and reads checkpoints in the compact form.
 `lanes`: trains, replays and merges the lanes of an epoch.
-`first-frame`: trains experts with the first frame of some samples given."""
+`first-frame`: trains experts with the first frame of some samples given.
+`captions`: draws one of a clip's captions in each step."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

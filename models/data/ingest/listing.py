@@ -4,8 +4,9 @@ WebDataset archives (`.tar`) in it are read like folders. A still picture with a
 the same name it is the video's thumbnail, and without a caption it is passed over.
 
 Each folder may have one metadata file. A row has `file_name` (relative to the folder of that file) and `caption` or `text`, and
-optionally `kind` (the user's own label) and `split` (`train`, or `test` for clips that are not used for training and clustering;
-`validation` counts as `test`). Whatever else lies in the folder is named, so that nothing is passed over without a word.
+optionally `captions` (a list of further ones), `kind` (the user's own label) and `split` (`train`, or `test` for clips that are
+not used for training and clustering; `validation` counts as `test`). Whatever else lies in the folder is named, so that nothing
+is passed over without a word.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class ClipSource:
         caption: its text, composed (NFC) and with single spaces.
         kind: the user's label; "" without one.
         split: train or test.
+        more: further captions; training draws one of all.
     """
 
     name: str
@@ -48,6 +50,12 @@ class ClipSource:
     caption: str
     kind: str = ""
     split: Split = "train"
+    more: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, the first of which stands for the clip in clusters and reports."""
+        return (self.caption, *self.more)
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def _clip_of_row(folder: Folder, row: Row) -> ClipSource | BadClip:
 def _clip(name: str, path: Path | TarMember, description: Description | str, where: str) -> ClipSource | BadClip:
     if isinstance(description, str):
         return BadClip(name, f"{where} {description}")
-    return ClipSource(readable(name), path, description.caption, description.kind, description.split)
+    return ClipSource(readable(name), path, description.caption, description.kind, description.split, description.more)
 
 
 def _path_problem(folder: Folder, row: Row) -> str | None:

@@ -18,6 +18,8 @@ from lutetia.system.errors import DataError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION = 2000
+MOST_CAPTIONS = 16
+"""Captions of a clip."""
 MAX_KIND = 64
 
 Split = Literal["train", "test"]
@@ -43,11 +45,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """What a row, a text file or a member of an archive says of a clip: caption, kind ("" without one) and split."""
+    """What a row, a text file or a member of an archive says of a clip: caption, kind ("" without one), split, more captions."""
 
     caption: str
     kind: str
     split: Split
+    more: tuple[str, ...] = ()
 
 
 def read_rows(folder: Folder) -> list[Row]:
@@ -118,19 +121,28 @@ def _parse_csv(table: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def described(values: dict[str, Any]) -> Description | str:
     """What `values` say of a clip, or why they cannot be used, as the end of a sentence."""
-    caption = values.get("caption") or values.get("text") or ""
+    captions = _captions(values)
     kind, split = values.get("kind") or "", str(values.get("split") or "").strip().lower()
-    if not (is_text(caption) and is_text(kind)):
+    if not (all(is_text(caption) for caption in captions) and is_text(kind)):
         return "has a caption or kind that is not text; write both as strings"
-    if not caption.strip():
+    captions = [*dict.fromkeys(filter(None, map(_tidy, captions)))]
+    if not captions:
         return "has no caption; write one in its row or in a .txt file of the same name"
-    if len(caption) > MAX_CAPTION:
-        return f"has a caption of {len(caption)} characters, more than {MAX_CAPTION}; shorten it"
+    if len(captions) > MOST_CAPTIONS:
+        return f"has {len(captions)} captions, more than {MOST_CAPTIONS}; keep the best of them"
+    if (longest := max(map(len, captions))) > MAX_CAPTION:
+        return f"has a caption of {longest} characters, more than {MAX_CAPTION}; shorten it"
     if len(kind) > MAX_KIND:
         return f"has a kind longer than {MAX_KIND} characters"
     if split not in _SPLITS:
         return f"has the split {split[:20]!r}; write train, validation or test"
-    return Description(_tidy(caption), _tidy(kind), _SPLITS[split])
+    return Description(captions[0], _tidy(kind), _SPLITS[split], tuple(captions[1:]))
+
+
+def _captions(values: dict[str, Any]) -> list[Any]:
+    """The caption, and those of a list `captions`."""
+    first, more = values.get("caption") or values.get("text") or "", values.get("captions")
+    return [first, *more] if isinstance(more, list) else [first]
 
 
 def is_text(value: object) -> bool:

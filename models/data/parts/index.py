@@ -2,7 +2,7 @@
 
 A shard is an index and its *parts*, one safetensors file each. Clips are numbered through all parts. A text (a caption and its
 embedding) is stored once, in the part of the first clip that has it; texts are numbered in that order. So the index and the
-order of batches say which parts a step needs.
+order of batches say which parts a step needs. A clip may have several texts, of which each step draws one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ METADATA = "lutetia"
 """The metadata entry of index and parts. Only one: safetensors writes several in random order."""
 Split = Literal["train", "holdout", "test"]
 Null = tuple[NDArray[np.float16], NDArray[np.float16]]
-_TENSORS = ("texts", "null_tokens", "null_pooled")
-"""Of an index: the last two where the null condition of its texts is not zeros."""
+MOST_TEXTS = 16
+"""Texts of a clip."""
+_NULL = ("null_tokens", "null_pooled")
+_TENSORS = tuple({"texts", *null, *more} for null in ((), _NULL) for more in ((), ("more_texts",)))
+"""Of an index: `_NULL` where the null condition of its texts is not zeros, `more_texts` where a clip has several texts."""
 
 
 class PartSpec(Frozen):
@@ -69,13 +72,15 @@ class ShardIndex:
 
     Attributes:
         document: its metadata.
-        texts: the number of each clip's text, int32 [N].
+        texts: the number of each clip's first text, int32 [N].
+        more: its further texts, int32 [N, V], -1 where it has fewer; None: each clip has one.
         null: tokens [l, D] and pooled vector [P] of the null condition, float16; None: zeros.
     """
 
     document: IndexDocument
     texts: NDArray[np.int32]
     null: Null | None = None
+    more: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -107,18 +112,34 @@ class ShardIndex:
         """The first text of each part, and the number of texts [parts + 1]."""
         return np.cumsum([0, *(part.texts for part in self.parts)])
 
+    def texts_of(self, clips: NDArray[np.int64], drawn: NDArray[np.float64] | None = None) -> NDArray[np.int32]:
+        """One text of each clip, [len(clips)]: the first, or of all its texts the one at the place `drawn`, in [0, 1)."""
+        first = self.texts[clips]
+        if self.more is None or drawn is None:
+            return first
+        texts = np.concatenate([first[:, None], self.more[clips]], axis=1)
+        place = (drawn * (texts >= 0).sum(axis=1)).astype(np.int64)
+        return texts[np.arange(len(texts)), place]
+
     def parts_of(self, clips: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The parts that hold the latents and the text of each clip, int64 [len(clips), 2]."""
+        """The parts that hold the latents and each text of each clip, int64 [len(clips), 1 + texts]."""
+        texts = self.texts[clips][:, None]
+        if self.more is not None:
+            more = self.more[clips]
+            texts = np.concatenate([texts, np.where(more < 0, texts, more)], axis=1)
         of_clips = np.searchsorted(self.clip_starts, clips, side="right") - 1
-        of_texts = np.searchsorted(self.text_starts, self.texts[clips], side="right") - 1
-        return np.stack([of_clips, of_texts], axis=1)
+        return np.concatenate([of_clips[:, None], self.parts_of_texts(texts)], axis=1)
+
+    def parts_of_texts(self, texts: NDArray[np.int32]) -> NDArray[np.int64]:
+        """The part that holds each text, in the shape of `texts`."""
+        return np.searchsorted(self.text_starts, texts, side="right") - 1
 
 
 def is_index(path: Path) -> bool:
     """Whether the file names parts; otherwise it may be a shard in one file, as earlier versions wrote them."""
     try:
         with safe_open(path, framework="numpy") as file:
-            return set(file.keys()) in ({*_TENSORS[:1]}, {*_TENSORS})
+            return set(file.keys()) in _TENSORS
     except (SafetensorError, OSError):
         return False
 
@@ -135,19 +156,19 @@ def read_index(path: Path) -> ShardIndex:
             raise IntegrityError(f"the index {path.name} has {size} bytes, more than {MAX_INDEX_BYTES}; refused")
         with safe_open(path, framework="numpy") as file:
             text, names = (file.metadata() or {}).get(METADATA), set(file.keys())
-            texts = file.get_tensor("texts") if names in ({*_TENSORS[:1]}, {*_TENSORS}) else None
-            null = (file.get_tensor(_TENSORS[1]), file.get_tensor(_TENSORS[2])) if len(names) > 1 and texts is not None else None
+            tensors = {name: file.get_tensor(name) for name in names} if names in _TENSORS else {}
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist; fetch or build it again") from error
     except SafetensorError as error:
         raise IntegrityError(f"shard {path} is not a complete safetensors file ({error}); fetch or build it again") from error
-    if text is None or texts is None:
+    if text is None or not tensors:
         raise IntegrityError(f"{path} is a safetensors file but not a shard; name one that `lutetia data build` wrote")
     try:
         document = IndexDocument.model_validate_json(text)
     except ValidationError as error:
         raise IntegrityError(f"the index {path.name} is malformed ({first_problem(error)}); build the data again") from error
-    index = ShardIndex(document, cast("NDArray[np.int32]", texts), cast("Null | None", null))
+    null = (tensors[_NULL[0]], tensors[_NULL[1]]) if _NULL[0] in tensors else None
+    index = ShardIndex(document, tensors["texts"], cast("Null | None", null), tensors.get("more_texts"))
     if problem := _contradiction(index):
         raise IntegrityError(f"the index {path.name} contradicts itself: {problem}; build the data again")
     return index
@@ -164,7 +185,19 @@ def _contradiction(index: ShardIndex) -> str | None:
         return "its parts are not ordered by the buckets of its latents"
     if texts.min() < 0 or texts.max() >= index.text_starts[-1]:
         return f"a clip has a text beyond the {index.text_starts[-1]} of its parts"
+    if index.more is not None and (problem := _more_contradiction(index.more, len(texts), int(index.text_starts[-1]))):
+        return problem
     return _null_contradiction(index.null, index.document.latent)
+
+
+def _more_contradiction(more: NDArray[np.int32], clips: int, texts: int) -> str | None:
+    if more.dtype != np.int32 or more.ndim != 2 or len(more) != clips or not 0 < more.shape[1] < MOST_TEXTS:
+        return f"its further texts are not 1 to {MOST_TEXTS - 1} whole numbers for each of {clips} clips"
+    if more.min() < -1 or more.max() >= texts:
+        return f"a clip has a further text beyond the {texts} of its parts"
+    if ((more[:, :-1] < 0) & (more[:, 1:] >= 0)).any():
+        return "the further texts of a clip are not its first entries"
+    return None
 
 
 def _null_contradiction(null: Null | None, latent: LatentSpec) -> str | None:
@@ -185,8 +218,13 @@ def _null_contradiction(null: Null | None, latent: LatentSpec) -> str | None:
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Write an index atomically. The same index gives the same bytes. Raises DataError if it is too large, or DiskError."""
-    tensors = {name: np.ascontiguousarray(each) for name, each in zip(_TENSORS, (index.texts, *(index.null or ())), strict=False)}
-    data = save(tensors, metadata={METADATA: canonical(index.document).decode()})
+    tensors = {"texts": index.texts, **dict(zip(_NULL, index.null or (), strict=False))}
+    if index.more is not None:
+        tensors["more_texts"] = index.more
+    data = save(
+        {name: np.ascontiguousarray(each) for name, each in tensors.items()},
+        metadata={METADATA: canonical(index.document).decode()},
+    )
     if len(data) > MAX_INDEX_BYTES:
         raise DataError(f"cannot write shard {path.name}: its index has {len(data)} bytes; split the data into more experts")
     with atomic_path(path) as temporary:

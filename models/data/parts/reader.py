@@ -51,7 +51,7 @@ class PartedShard:
         """Clips of each bucket."""
         return self.index.sizes
 
-    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+    def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).numpy()
         latent, count = self._shape_of(picked), len(picked)
         data = ClipRows(
@@ -59,7 +59,8 @@ class PartedShard:
             torch.zeros(count, latent.text_tokens if with_tokens else 0, latent.text_width),
             torch.empty(count, latent.pooled_width),
         )
-        texts, places = self.index.texts[picked], self.index.parts_of(picked)
+        texts = self.index.texts_of(picked, None if captions is None else captions.double().numpy())
+        places = np.stack([self.index.parts_of(picked)[:, 0], self.index.parts_of_texts(texts)], axis=1)
         with self._lock:
             for number in np.unique(places):
                 part = self._part(int(number))
@@ -82,7 +83,11 @@ class PartedShard:
         return self._latents[min(numbers, default=0)]
 
     def load(self) -> ShardData:
-        """All clips. Raises DataError if they are of several buckets."""
+        """All clips. Raises DataError if they are of several buckets, or one has several captions."""
+        if self.index.more is not None:
+            raise DataError(
+                f"shard {self.path.name}: clips have several captions, which cannot be read at once; build the data with one each"
+            )
         rows, kinds, captions = self.take(range(len(self))), [], []
         with self._lock:
             for number in range(len(self.index.parts)):
@@ -101,7 +106,10 @@ class PartedShard:
 
     def clip_with(self, text: int) -> int:
         """The first clip with this text."""
-        return int(np.flatnonzero(self.index.texts == text)[0])
+        has = self.index.texts == text
+        if self.index.more is not None:
+            has |= (self.index.more == text).any(axis=1)
+        return int(np.flatnonzero(has)[0])
 
     def metadata(self, number: int) -> PartMetadata:
         """Captions, kinds and sources of a part."""
@@ -187,6 +195,6 @@ class Excerpt:
         buckets = len(self._clips.sizes)
         return tuple(bucket_of(self._clips.sizes, self._rows).bincount(minlength=buckets).tolist())
 
-    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+    def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ClipRows:
         picked: Tensor = self._rows[torch.as_tensor(rows, dtype=torch.long)]
-        return self._clips.take(picked, with_tokens=with_tokens)
+        return self._clips.take(picked, with_tokens=with_tokens, captions=captions)

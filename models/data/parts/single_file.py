@@ -1,4 +1,4 @@
-"""Shards in one file, as release 0.1 wrote them: runs that were created then still train on them."""
+"""Shards in one file, as release 0.1 wrote them, with one caption a clip: runs that were created then still train on them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SingleFileShard:
         """One bucket."""
         return (len(self),)
 
-    def take(self, rows: Rows, *, with_tokens: bool = True) -> ClipRows:
+    def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ClipRows:
         picked = torch.as_tensor(rows, dtype=torch.long).tolist()
         with self._open() as file:  # each time, so that the pages that were read are given back
             views = {name: file.get_slice(name) for name in _NAMES}

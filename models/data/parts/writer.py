@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from lutetia.models.data.parts.index import (
     MAX_PART_BYTES,
     MAX_PARTS,
+    MOST_TEXTS,
     IndexDocument,
     PartSpec,
     ShardIndex,
@@ -45,6 +47,8 @@ class WrittenShard:
     blob: BlobRef
     clips: int
     bytes: int
+    captions: int = 1
+    """Captions of the clip that has most of them."""
 
 
 @dataclass
@@ -74,9 +78,11 @@ class ShardWriter:
     _bytes: int = 0
     _parts: list[PartSpec] = field(default_factory=list)
     _known: dict[bytes, int] = field(default_factory=dict)
-    _of_clips: list[int] = field(default_factory=list)
+    _of_clips: list[list[int]] = field(default_factory=list)
 
-    def add(self, latents: Tensor, text: Text, kind: str = "", source: str = "", bucket: int = 0) -> None:
+    def add(
+        self, latents: Tensor, text: Text, kind: str = "", source: str = "", bucket: int = 0, more: Sequence[Text] = ()
+    ) -> None:
         """Add a clip. All clips of a bucket come before those of the next.
 
         Args:
@@ -85,6 +91,7 @@ class ShardWriter:
             kind: label of the user.
             source: SHA-256 (hex) of its file.
             bucket: the bucket that it is of.
+            more: its further captions, at most 15, of which each step draws one.
 
         Raises DataError if it does not have the shapes of the shard or is not finite in float16, or DiskError.
         """
@@ -94,15 +101,16 @@ class ShardWriter:
         if self._latents and bucket != self._bucket:
             self._flush()
         self._bucket = bucket
-        self._check(half, text)
-        key = hashlib.sha256(text.caption.encode() + b"\0" + _bytes_of(text.tokens) + _bytes_of(text.pooled)).digest()
-        size = 2 * half.numel() + (0 if key in self._known else text.bytes) + len(kind.encode()) + 80
+        texts = {_key_of(each): each for each in (text, *more)}
+        self._check(half, list(texts.values()))
+        new = {key: each for key, each in texts.items() if key not in self._known}
+        size = 2 * half.numel() + sum(each.bytes for each in new.values()) + len(kind.encode()) + 80
         if self._latents and self._bytes + size > self.part_bytes:
             self._flush()
-        if key not in self._known:
+        for key, each in new.items():
             self._known[key] = len(self._known)
-            self._texts.append(text)
-        self._of_clips.append(self._known[key])
+            self._texts.append(each)
+        self._of_clips.append([self._known[key] for key in texts])
         self._latents.append(half)
         self._kinds.append(kind)
         self._sources.append(source)
@@ -117,19 +125,25 @@ class ShardWriter:
             raise self._error(f"it has {len(self._parts)} parts, more than {MAX_PARTS}; split the data into more experts")
         document = IndexDocument(latent=self.latent, name=self.name, split=self.split, parts=tuple(self._parts))
         null = (self.null.tokens.numpy(), self.null.pooled.numpy()) if self.null else None
-        index = ShardIndex(document, np.array(self._of_clips, dtype=np.int32), null)
+        most = max(map(len, self._of_clips))
+        texts = np.array([each + [-1] * (most - len(each)) for each in self._of_clips], dtype=np.int32)
+        index = ShardIndex(document, texts[:, 0], null, texts[:, 1:] if most > 1 else None)
         write_index(self.path, index)
         ref = ChunkTable.of_file(self.path).ref
-        return WrittenShard(ref, len(index), ref.size + index.bytes)
+        return WrittenShard(ref, len(index), ref.size + index.bytes, most)
 
-    def _check(self, half: Tensor, text: Text) -> None:
+    def _check(self, half: Tensor, texts: Sequence[Text]) -> None:
         shape = self.latent.in_bucket(self._bucket).shape
         if half.shape != shape:
             raise self._error(f"latents are {list(half.shape)} instead of {list(shape)}")
-        rows, widths = len(text.tokens), (text.tokens.shape[1], len(text.pooled))
-        if rows > self.latent.text_tokens or widths != (self.latent.text_width, self.latent.pooled_width):
-            raise self._error(f"tokens are {list(text.tokens.shape)} and pooled vectors {list(text.pooled.shape)}")
-        for name, tensor in {"latents": half, "tokens": text.tokens, "pooled": text.pooled}.items():
+        if len(texts) > MOST_TEXTS:
+            raise self._error(f"a clip has {len(texts)} captions, more than {MOST_TEXTS}")
+        for text in texts:
+            rows, widths = len(text.tokens), (text.tokens.shape[1], len(text.pooled))
+            if rows > self.latent.text_tokens or widths != (self.latent.text_width, self.latent.pooled_width):
+                raise self._error(f"tokens are {list(text.tokens.shape)} and pooled vectors {list(text.pooled.shape)}")
+        named = [("tokens", text.tokens) for text in texts] + [("pooled", text.pooled) for text in texts]
+        for name, tensor in [("latents", half), *named]:
             if not torch.isfinite(tensor).all():
                 raise self._error(f"{name} are not finite in half precision; normalise them")
 
@@ -178,6 +192,11 @@ def write_shard(
     for row, (caption, kind) in enumerate(zip(data.captions, data.kinds, strict=True)):
         writer.add(data.latents[row], text_of(caption, data.tokens[row], data.pooled[row]), kind)
     return writer.finish()
+
+
+def _key_of(text: Text) -> bytes:
+    """Equal for equal texts."""
+    return hashlib.sha256(text.caption.encode() + b"\0" + _bytes_of(text.tokens) + _bytes_of(text.pooled)).digest()
 
 
 def _bytes_of(half: Tensor) -> bytes:

@@ -31,6 +31,16 @@ A = {"file_name": "a.mp4", "caption": "a  dog\nruns"}
 B = {"file_name": "deep/b.gif", "text": "a cat", "kind": "animal", "split": "validation"}
 
 
+def test_a_list_of_captions_follows_the_first(folder: Path) -> None:
+    several = {"file_name": "a.mp4", "captions": ["a dog  runs", "a dog runs", "", "it barks"]}
+    clip, other = read_listing(rows(folder, several, {**B, "captions": ["a cat", "it purrs"]})).clips
+    assert clip.captions == ("a dog runs", "it barks"), "tidy, each once"
+    assert other.captions == ("a cat", "it purrs")
+    for captions, says in (([7], "caption or kind that is not text"), ([f"dog {n}" for n in range(17)], "has 18 captions, more")):
+        (bad,) = read_listing(rows(folder, {**A, "captions": captions}, B)).bad
+        assert says in bad.reason
+
+
 def test_metadata_jsonl_gives_captions_kinds_and_splits(folder: Path) -> None:
     listing = read_listing(rows(folder, A, "", B))
     assert [(clip.name, clip.caption, clip.kind, clip.split) for clip in listing.clips] == [
