@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,7 +144,9 @@ class LentCheckRunner(NetworkCheckRunner):
         )  # fmt: skip
         parts = [part.blob for part in await asyncio.to_thread(parts_of, self.holdouts.path(holdout))]
         lent = [record.weights, record.state, record.trace, holdout, *parts]
-        settled = await self._lend(job, record.owner, record.digest, lent, fewest)
+        gathered = self.run.shards[record.shard].gathered
+        authors = {record.owner, *(gathered[lane].acceptance.author for lane in lanes if lane in gathered)}
+        settled = await self._lend(job, authors, record.digest, lent, fewest)
         if settled.report is None:
             raise CheckFailed("inconclusive", "holdout", "no two of the nodes that checked it agree")
         return settled.report
@@ -179,16 +181,17 @@ class LentCheckRunner(NetworkCheckRunner):
         if audit.parent:
             lent += [audit.parent.weights, audit.parent.state]
         ahead = 0.0 if audit.process == "audit" else PROOF_AHEAD
-        return await self._lend(job, due.owner, f"{due.checkpoint} {epochs}", lent, ahead=ahead)
+        return await self._lend(job, {due.owner}, f"{due.checkpoint} {epochs}", lent, ahead=ahead)
 
     async def _lend(
-        self, job: CheckJob, author: str, name: str, refs: Iterable[BlobRef], fewest: int = 1, ahead: float = 0.0
+        self, job: CheckJob, authors: Collection[str], name: str, refs: Iterable[BlobRef], fewest: int = 1, ahead: float = 0.0
     ) -> Settled:
+        """`authors`: who trained what is checked; of a merged epoch those of its lanes, who gain by its acceptance."""
         stores = {ref.digest: store for ref in refs if (store := self._lending_store(ref.digest))}
         size = sum(ref.size for ref in refs)
         check = LentCheck(
             name=f"{job.kind} {name}", kind=job.kind, shard=job.shard, since=self.transport.now(),
-            excluded=self.lender.excluded(author), fewest=fewest, ahead=ahead,
+            excluded=frozenset().union(*map(self.lender.excluded, authors)), fewest=fewest, ahead=ahead,
             seconds=loan_seconds_for(size, self.slowest_bytes_per_second, self.lender.usual.get(job.kind)),
         )  # fmt: skip
         return await self.lender.ask(check, job, stores)

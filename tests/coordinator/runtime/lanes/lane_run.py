@@ -76,10 +76,7 @@ class LaneRun:
         self.ledger = Ledger.open(self.folder.ledger, None)
         self.blobs, identity = BlobStore(self.folder.blobs), Identity.load(self.folder.coordinator_key)
         self.incoming = restored_incoming(self.folder, self.blobs, self.ledger.state)
-        nobody, holdouts = cast(Any, None), Holdouts(holdout_store(self.folder), b"secret")
-        self.runner = ArrivedCheckRunner(
-            nobody, self.manifest, self.blobs, self.incoming, self.workers["checking"], self.workers["auditing"], 1.0, holdouts
-        )
+        self.runner = self.make_runner(Holdouts(holdout_store(self.folder), b"secret"))
         rules = JudgeRules(self.manifest, identity.public_key, b"secret", retry_delay=RETRY_SECONDS, checks_at_once=1)
         self.judge = JudgeLoop(rules, self.ledger, self.runner, self._publish, self.now)
         merger = LaneMerger(
@@ -87,6 +84,11 @@ class LaneRun:
         )
         self.judge.merge = merger.merge
         self._running = asyncio.create_task(self.judge.run())
+
+    def make_runner(self, holdouts: Holdouts) -> NetworkCheckRunner:
+        """Who checks and replays. Called at each start, before there is a judge."""
+        nobody, checks, audits = cast(Any, None), self.workers["checking"], self.workers["auditing"]
+        return ArrivedCheckRunner(nobody, self.manifest, self.blobs, self.incoming, checks, audits, 1.0, holdouts)
 
     async def stop(self) -> None:
         """End it as a SIGKILL would: what is running is lost, the process that merges ends, and the ledger is not told."""
