@@ -133,10 +133,41 @@ def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
         return "other devices of this node have all shards that are open to it; standing by"
     if state.to_look:
         return f"no free shard found so far; looking at {len(state.to_look)} more"
-    what = "every lane of every shard" if rules.team else "every shard"
+    if why := _why_not_free_ones(transition):
+        return f"{why}; standing by"
     if not views and any(until > transition.now for until in state.avoided_until.values()):
         return "what is open was given up here before and is tried again after a while; standing by"
+    what = "every lane of every shard" if rules.team else "every shard"
+    if state.watched_shards is not None and len(state.watched_shards) < len(rules.slots):
+        what += " that this node watches"
     return f"{what} has a holder; standing by" if views else "no shard is open to this node; standing by"
+
+
+def _why_not_free_ones(transition: NodeTransition) -> str:
+    """Why this node takes none of the slots that are free, in a clause; empty: no slot that it has seen is free."""
+    state, rules, now = transition.state, transition.rules, transition.now
+    avoided, unfit = list[int](), list[int]()
+    for slot, view in state.views.items():  # most are held; keep it fast
+        if view.held_until > now and rules.owner not in view.claimants:
+            continue
+        held = _without_own_claim(transition, view).held_until > now
+        if held or slot in state.taken or view.epoch >= rules.epochs or now - state.looked_at.get(slot, 0.0) > 2 * rules.lease:
+            continue
+        if state.fitness.get(slot, 0) <= 0:
+            unfit.append(slot)
+        elif state.avoided_until.get(slot, 0.0) > now:
+            avoided.append(slot)
+    if avoided:
+        slot = min(avoided, key=lambda slot: (state.avoided_until[slot], slot))
+        again = f"is tried again within {state.avoided_until[slot] - now:.0f} s"
+        return f"{slot_name(slot)} is free, was given up here before, and {again}"
+    if not unfit:
+        return ""
+    if rules.team is None or state.rate <= 0:
+        return f"{slot_name(min(unfit))} is free, and does not fit this device"
+    slot = min(unfit, key=lambda slot: (rules.rate_needed(slot), slot))
+    needed = f"{rules.rate_needed(slot):.3g} samples/s to be in time"
+    return f"{slot_name(slot)} is free, and needs {needed}; this device trains {state.rate:.3g}"
 
 
 def _next_look(transition: NodeTransition, views: list[ShardView]) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lutetia.node.machine.messages import Claim, OwnCheckpoint
-from lutetia.protocol.claims import ShardView, Stand, lane_fitness, rendezvous, slot_of, slots_of
+from lutetia.protocol.claims import ShardView, Stand, lane_fitness, rendezvous, shard_and_lane, slot_of, slots_of
 from lutetia.protocol.schema.manifest import Manifest, lease_seconds
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.records import NodeState
@@ -108,10 +108,14 @@ class NodeRules:
             for lane, share in enumerate(of_lane)
         }  # fmt: skip
 
+    def rate_needed(self, slot: int) -> float:
+        """Samples per second that a slot's share of an epoch needs within the deadline; 0 without lanes."""
+        return self.team.share(shard_and_lane(slot)[1]) * self.interval / self.team.deadline if self.team else 0.0
+
     @property
     def slowest_rate(self) -> float:
         """Samples per second that the smallest share of a lane needs within the deadline; 0 without lanes."""
-        return min(map(self.team.share, range(self.team.lanes))) * self.interval / self.team.deadline if self.team else 0.0
+        return min(map(self.rate_needed, slots_of(1, self.team.lanes))) if self.team else 0.0
 
     @property
     def lease(self) -> float:

@@ -60,6 +60,28 @@ def test_node_that_stands_by_claims_a_lane_within_two_leases_after_it_is_free() 
     assert driver.now <= freed + 2 * TEAM.lease
 
 
+def test_standby_says_why_it_takes_none_of_the_free_lanes() -> None:
+    driver = MachineDriver(TEAM)
+    driver.feed(m.Joined(driver.now))
+    driver.feed(m.Probed(driver.now, {0: 1.0, 1: 0.0}, rate=5.0))  # in time with a quarter of an epoch alone
+    held = {slot: claimed(slot, OTHER, driver.now + 1e6) for slot in TEAM.slots}
+    held[SECOND] = ShardView(SECOND)
+    driver.feed(m.SwarmSeen(driver.now, tuple(held.values())))
+    assert driver.state.why == (
+        "lane 1 of shard 0 is free, and needs 10 samples/s to be in time; this device trains 5; standing by"
+    )
+    quarter = slot_of(0, 2)
+    driver.state = replace(driver.state, avoided_until={quarter: driver.now + 90})
+    driver.feed(m.SwarmSeen(driver.now, (claimed(SECOND, OTHER, driver.now + 1e6), ShardView(quarter))))
+    assert driver.state.why == (
+        "lane 2 of shard 0 is free, was given up here before, and is tried again within 90 s; standing by"
+    )
+    other = MachineDriver(TEAM).idle({0: 1.0, 1: 0.0})
+    other.feed(m.WatchedShardsSet(other.now, frozenset({SECOND}), other.now + 1e6))
+    other.feed(m.SwarmSeen(other.now, (claimed(SECOND, OTHER, other.now + 1e6),)))
+    assert other.state.why == "every lane of every shard that this node watches has a holder; standing by"
+
+
 def test_lane_with_unfinished_work_comes_before_a_lower_one() -> None:
     driver = MachineDriver(TEAM)
     driver.state = replace(driver.state, remembered=frozenset({SECOND}))
