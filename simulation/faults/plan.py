@@ -92,6 +92,12 @@ def _checks(peer: SimulatedNode, step: Step) -> None:
     peer.checker.policy = step.detail  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _hide(peer: SimulatedNode, step: Step) -> None:
+    """From now on the replica returns no record."""
+    peer.denies = True
+    peer.world.dht.changed(peer)
+
+
 def _copy_identity(world: SimulatedWorld, step: Step) -> None:
     """The second node runs with a copy of the first one's key."""
     first, second = (world.nodes[index] for index in step.nodes)
@@ -168,7 +174,7 @@ _ONE_BY_ONE: dict[str, Callable[[SimulatedNode, Step], None]] = {
     "audits without replay": _audits,
     "checks": _checks,
     "slow link": lambda peer, step: peer.world.links.slow.__setitem__(peer.index, step.value),
-    "hides records": lambda peer, step: setattr(peer, "denies", True),
+    "hides records": _hide,
     "newer version": lambda peer, step: setattr(peer.network, "newer", True),
 }
 _ALL: dict[str, Callable[[SimulatedWorld, Step], None]] = {

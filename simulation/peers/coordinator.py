@@ -13,6 +13,7 @@ from typing import Any, cast
 from lutetia.coordinator.acceptance import messages as j
 from lutetia.coordinator.acceptance.audit_comparison import AuditFinding
 from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict, run_transfer
+from lutetia.coordinator.acceptance.intake.rate_limits import may_become_candidate
 from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
 from lutetia.coordinator.ledger.events import CoordinatorStarted, Event, RunCreated, read_event
 from lutetia.coordinator.ledger.status_builder import LiveView
@@ -64,7 +65,6 @@ class SimulatedCoordinator:
         self.running = self.serving = self.recovering = self.denies = False
         self.boot = self.stopped_itself = 0
         self.parts: dict[str, dict[str, Any]] = {}
-        self.written: set[str] = set()
         self.view = LiveView()
         self.refuse_publishing = False
         """Crash at the next acceptance, after it is in the ledger and before it is published."""
@@ -327,9 +327,10 @@ class SimulatedCoordinator:
         world, run = self.world, self.world.manifest.run_id
         for shard in range(world.config.shards):
             for stored in world.dht.read(self, checkpoint_key(run, shard)).values():
-                if world.trace is not None:
-                    world.trace.record_read(self, stored)
-                self.feed(j.Offered(stored.record, self.clock(), "poll"))
+                if may_become_candidate(self.state.run, stored.record):
+                    if world.trace is not None:
+                        world.trace.record_read(self, stored)
+                    self.feed(j.Offered(stored.record, self.clock(), "poll"))
         if fresh := self.clock() >= self._claims_due:
             self._views = world.dht.look(self, world.config.slots)
             self._claims_due = self.clock() + claims_pause(len(self._views), world.config.heartbeat)

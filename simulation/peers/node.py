@@ -37,7 +37,6 @@ class SimulatedNode:
         self.met = False
         self.boot = self.joins = self.sync_number = 0
         self.parts: dict[str, dict[str, Any]] = {}
-        self.written: set[str] = set()
         self.network = SimulatedNodeNetwork(self)
         self.trainer = SimulatedTrainer(self)
         self.auditor, self.checker = SimulatedAuditor(self), SimulatedChecker(self)
@@ -124,13 +123,13 @@ class SimulatedNode:
         if self.running and not self.frozen:
             self.trainer.freeze()
             self.frozen = True
-            self.world.dht.changed()
+            self.world.dht.changed(self)
 
     def thaw(self) -> None:
         if not self.frozen:
             return
         self.frozen = False
-        self.world.dht.changed()
+        self.world.dht.changed(self)
         self.trainer.thaw()
         backlog, self._backlog = self._backlog, []
         for kind, arguments in backlog:

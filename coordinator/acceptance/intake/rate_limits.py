@@ -92,6 +92,8 @@ def may_become_candidate(run: RunState, record: CheckpointRecord) -> bool:
     shard = run.shards.get(record.shard)
     if shard is None or record.epoch != shard.epoch + 1 or record.parent != shard.accepted or record.owner in run.quarantined:
         return False
+    if record.lane in shard.gathered:
+        return False
     waits = any(one.record.lane == record.lane for one in shard.undecided_of(record.owner))
     return not waits and (record.owner, record.digest) not in shard.judged
 
