@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -92,9 +93,16 @@ class SimulationConfig:
 
 
 def with_lanes(config: SimulationConfig, lanes: int) -> SimulationConfig:
-    """The same settings with so many lanes of each shard; 1: without a team. Two epochs' time is the deadline."""
-    team = TeamSpec(lanes=lanes, deadline=2 * config.epoch_seconds) if lanes > 1 else None
-    return replace(config, team=team)
+    """The same settings with so many lanes of each shard; 1: without a team.
+
+    Two epochs' time is the deadline. The coordinator checks as many results at once as it needs to check one of every lane in a
+    third of an epoch's time, as an owner of so many lanes would set it (`docs/results/lanes-simulated.md` shows what happens else).
+    """
+    if lanes == 1:
+        return replace(config, team=None)
+    checks = math.ceil(3 * config.check_seconds * config.shards * lanes / config.epoch_seconds)
+    team = TeamSpec(lanes=lanes, deadline=2 * config.epoch_seconds)
+    return replace(config, team=team, checks_at_once=max(config.checks_at_once, checks))
 
 
 @dataclass(frozen=True)

@@ -165,9 +165,12 @@ class Invariants:
                 continue
             if peer.state.avoided_until.get(slot, 0.0) - peer.skew > since:
                 continue
-            thinks = peer.state.fitness.get(slot, 0)
-            fitness = peer.rules.slot_fitness(peer.machine.fitness, peer.trainer.rate)[slot] if able else thinks
-            if fitness > 0 and (peer.device_ok or not able):
+            if able:
+                of_shard = {shard: peer.machine.fitness[shard]}
+                fits = peer.device_ok and peer.rules.slot_fitness(of_shard, peer.trainer.rate)[slot] > 0
+            else:
+                fits = peer.state.fitness.get(slot, 0) > 0
+            if fits:
                 return peer
         return None
 

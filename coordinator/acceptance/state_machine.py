@@ -98,6 +98,8 @@ def judge(rules: JudgeRules, state: JudgeState, stimulus: Stimulus) -> tuple[Jud
     match stimulus:
         case Offered():
             transition.actions.append(Answer(transition.receive_offer(stimulus)))
+            if transition.run is state.run:  # nothing is new; what time alone makes due starts at the next tick
+                return transition.state, tuple(transition.actions)
         case FetchDone():
             transition.finish_fetch(stimulus.record, stimulus.verdict)
         case CheckDone():

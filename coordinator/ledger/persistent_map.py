@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar, get_args
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, cast, get_args
 
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -36,6 +36,9 @@ class PersistentMap(Mapping[K, V], Generic[K, V]):
         for bucket in self._buckets:
             yield from bucket
 
+    def items(self) -> ItemsView[K, V]:
+        return _Items(self)
+
     def __len__(self) -> int:
         return self._count
 
@@ -59,6 +62,14 @@ class PersistentMap(Mapping[K, V], Generic[K, V]):
         old = self._buckets[index]
         grown = self._count + (key not in old)
         return PersistentMap((*self._buckets[:index], {**old, key: value}, *self._buckets[index + 1 :]), grown)
+
+
+class _Items(ItemsView[K, V]):
+    """Reads the buckets, instead of looking up every key again."""
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        for bucket in cast(PersistentMap[K, V], self._mapping)._buckets:
+            yield from bucket.items()
 
 
 class AsPairs:

@@ -119,7 +119,11 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     online = [
         node for node in live.nodes if node.expires > now and node.record.state != "left" and node.record.owner not in banned
     ]
-    shards = tuple(_shard_status(state, manifest, index, held.get(index, ()), live, now) for index in range(len(state.shards)))
+    due = {shard: _last_due(state, manifest, claims) for shard, claims in held.items()}
+    shards = tuple(
+        _shard_status(state, manifest, index, held.get(index, ()), due.get(index), live, now)
+        for index in range(len(state.shards))
+    )
     if manifest.team:
         shards = tuple(_with_lanes(state, manifest.team, shards, held, live, now))
     most = NODES_SHOWN - -(-sum(len(shard.lanes) + (shard.merge is not None) for shard in shards) // LANES_FOR_A_NODE)
@@ -134,7 +138,7 @@ def status(state: RunState, manifest: Manifest, live: LiveView, now: float, *, s
     stalled_nodes = [
         stall
         for node in shown
-        if (stall := node_stall(state, node.owner, node.health, node.shard, _overdue_since(state, manifest, held, node.shard)))
+        if (stall := node_stall(state, node.owner, node.health, node.shard, None if node.shard is None else due.get(node.shard)))
     ]
     return SwarmStatus(
         run=state.run,
@@ -222,13 +226,26 @@ def _due(state: RunState, manifest: Manifest, claim: Sighting[ClaimRecord]) -> t
     return covered, max(claim.since, resumed) + allowed
 
 
+def _last_due(state: RunState, manifest: Manifest, held: Iterable[Sighting[ClaimRecord]]) -> float | None:
+    """When the next acceptance of the shard's last holder in time is due, in Unix seconds; None without a holder."""
+    return max((when for claim in held for when in _due(state, manifest, claim) if when is not None), default=None)
+
+
 def _shard_status(
-    state: RunState, manifest: Manifest, index: int, held: Sequence[Sighting[ClaimRecord]], live: LiveView, now: float
+    state: RunState,
+    manifest: Manifest,
+    index: int,
+    held: Sequence[Sighting[ClaimRecord]],
+    due: float | None,
+    live: LiveView,
+    now: float,
 ) -> ShardStatus:
-    """`held`: the claims that hold the shard, or its lanes in their order. A shard with lanes is late when all of them are."""
+    """`held`: the claims that hold the shard, or its lanes in their order. A shard with lanes is late when all of them are.
+
+    `due`: when its next acceptance is due, by all of them.
+    """
     shard, claim = state.shards[index], held[0] if held else None
-    dues = (when for each in held for when in _due(state, manifest, each) if when is not None)
-    due = None if manifest.orders.paused else max(dues, default=None)
+    due = None if manifest.orders.paused else due
     done = shard.epoch >= state.epochs
     return ShardStatus(
         shard=index,
@@ -291,14 +308,6 @@ def _stalled_shards(
         for shard in shards
     }
     return [stall for index in facts if (stall := shard_stall(state, manifest, index, facts[index], now))]
-
-
-def _overdue_since(
-    state: RunState, manifest: Manifest, held: Mapping[int, Sequence[Sighting[ClaimRecord]]], shard: int | None
-) -> float | None:
-    """When the next acceptance of the shard's holder was due, in Unix seconds; None without a holder."""
-    claims = held.get(shard, ()) if shard is not None else ()
-    return max((moment for claim in claims for moment in _due(state, manifest, claim) if moment is not None), default=None)
 
 
 def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | None, now: float) -> ShardState:

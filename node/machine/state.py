@@ -102,11 +102,8 @@ class NodeRules:
             for value in set(fitness.values())
             for share in set(of_lane)
         }
-        return {
-            slot_of(shard, lane): found[value, share]
-            for shard, value in fitness.items()
-            for lane, share in enumerate(of_lane)
-        }  # fmt: skip
+        first = [(slot_of(0, lane), share) for lane, share in enumerate(of_lane)]
+        return {shard + slot: found[value, share] for slot, share in first for shard, value in fitness.items()}
 
     def rate_needed(self, slot: int) -> float:
         """Samples per second that a slot's share of an epoch needs within the deadline; 0 without lanes."""

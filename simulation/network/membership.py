@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 
 from lutetia.node.runtime.replication_policy import FREE, point
@@ -16,10 +17,9 @@ class SharedMembership:
     """`seen`: all node records at one moment. A real node reads only some of them, enough to compute the same for itself."""
 
     def __init__(self, run: str, seen: Sequence[NodeRecord], slots: Sequence[int], lease_number: int) -> None:
-        free = [record.owner for record in seen if is_standby(record)]
-        unfit = dict.fromkeys((record.owner for record in seen if record.state in FREE), frozenset[int]())
-        self.watched_shards = {**unfit, **assign_shards(run, free, slots, lease_number)}
-        self._run = run
+        self._run, self._slots, self._lease_number = run, slots, lease_number
+        self._standbys = free = [record.owner for record in seen if is_standby(record)]
+        self._unfit = [record.owner for record in seen if record.state in FREE]
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)
         self._places: dict[int, list[int]] = {}
@@ -27,6 +27,12 @@ class SharedMembership:
             self._places.setdefault(node_bucket(owner), []).append(point(run, "peer", owner))
         for places in self._places.values():
             places.sort()
+
+    @cached_property
+    def watched_shards(self) -> dict[str, frozenset[int]]:
+        """By public key; made when the first reader that stands by asks for it."""
+        assigned = assign_shards(self._run, self._standbys, self._slots, self._lease_number)
+        return {**dict.fromkeys(self._unfit, frozenset[int]()), **assigned}
 
     def read_by(self, owner: str) -> tuple[int, int]:
         """(buckets, records) that `owner` reads until it knows enough standbys before it."""

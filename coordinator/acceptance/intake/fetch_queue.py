@@ -97,6 +97,9 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     state, rules = transition.state, transition.rules
     if len(state.fetching) >= rules.fetches_at_once:
         return
+    ready = list(_ready(transition))
+    if not ready:
+        return
     held = list(_candidates(state, state.fetching))
     strangers = [candidate.record for candidate in held if not is_known(state.run, candidate.record.owner)]
     free, free_to_strangers = rules.fetches_at_once - len(held), rules.fetches_at_once * 3 // 4 - len(strangers)
@@ -105,7 +108,9 @@ def next_fetches(transition: JudgeTransition) -> Iterator[WaitingResult]:
     slots = Counter(_slot(candidate) for candidate in held)
     owners = {(candidate.record.shard, candidate.record.owner) for candidate in held}
     arrived = {_slot(candidate) for candidate in _candidates(state, [*state.fetched, *state.held])}
-    for candidate in in_line(state, _ready(transition, strangers_too=free_to_strangers > 0), held):
+    if free_to_strangers <= 0:
+        ready = [candidate for candidate in ready if is_known(state.run, candidate.record.owner)]
+    for candidate in in_line(state, ready, held):
         shard, slot, source = candidate.record.shard, _slot(candidate), source_of(state, candidate.record)
         places = 1 if slot in arrived else rules.fetches_per_shard  # what has arrived may make all others superfluous
         owner = shard, candidate.record.owner
@@ -128,13 +133,13 @@ def _slot(candidate: WaitingResult) -> int:
     return slot_of(candidate.record.shard, candidate.record.lane)
 
 
-def _ready(transition: JudgeTransition, strangers_too: bool) -> Iterator[WaitingResult]:
+def _ready(transition: JudgeTransition) -> Iterator[WaitingResult]:
     """The candidates that are neither here nor on their way, and whose time has come."""
-    state, under_way = transition.state, {*transition.state.fetching, *transition.state.fetched, *transition.state.held}
+    state, now = transition.state, transition.now
+    under_way = {(shard, owner) for keys in (state.fetching, state.fetched, state.held) for shard, owner, _ in keys}
     for index in sorted(state.pending):
-        for candidate in state.run.shards[index].candidates.values():
-            idle = candidate.doubt is None and key_of(candidate.record) not in under_way
-            if idle and candidate.not_before <= transition.now and (strangers_too or is_known(state.run, candidate.record.owner)):
+        for owner, candidate in state.run.shards[index].candidates.items():
+            if candidate.not_before <= now and candidate.doubt is None and (index, owner) not in under_way:
                 yield candidate
 
 
@@ -172,11 +177,17 @@ def forget_gone(transition: JudgeTransition) -> None:
     state = transition.state
     if not state.fetching and not state.fetched and not state.held:
         return
-    there = {key_of(candidate.record) for candidate in _candidates(state, [*state.fetching, *state.fetched, *state.held])}
+    there = frozenset(key for keys in (state.fetching, state.fetched, state.held) for key in keys if _is_candidate(state, key))
     if len(there) < len(state.fetching) + len(state.fetched) + len(state.held):
         fetched = {key: costs for key, costs in state.fetched.items() if key in there}
         held = {key: verdict for key, verdict in state.held.items() if key in there}
         transition.set(fetching=state.fetching & there, fetched=fetched, held=held)
+
+
+def _is_candidate(state: JudgeState, key: FetchKey) -> bool:
+    shard, owner, digest = key
+    candidate = state.run.shards[shard].candidates.get(owner)
+    return candidate is not None and candidate.record.digest == digest
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------------

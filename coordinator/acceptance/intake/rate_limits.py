@@ -159,12 +159,8 @@ def over_rate(transition: JudgeTransition, owner: str) -> float | None:
 def forget_offers(transition: JudgeTransition) -> None:
     """Forget peers that have offered nothing for a minute."""
     begin, offers = transition.now - _MINUTE, transition.state.offers
-    if any(moments[-1] <= begin for moments in offers.values()):
-        kept: PersistentMap[str, tuple[float, ...]] = PersistentMap()
-        for owner, moments in offers.items():
-            if moments[-1] > begin:
-                kept = kept.set(owner, moments)
-        transition.set(offers=kept)
+    if any(moments[-1] <= begin for _, moments in offers.items()):
+        transition.set(offers=PersistentMap.of((owner, moments) for owner, moments in offers.items() if moments[-1] > begin))
 
 
 def forget_origins(transition: JudgeTransition) -> None:
@@ -172,10 +168,9 @@ def forget_origins(transition: JudgeTransition) -> None:
     state = transition.state
     waiting = {one.record.owner for index in state.pending for one in state.run.shards[index].candidates.values()}
     if any(owner not in waiting for owner in state.origins):
-        kept: PersistentMap[str, str] = PersistentMap()
-        for owner in sorted(waiting & state.origins.keys()):
-            kept = kept.set(owner, state.origins[owner])
-        transition.set(origins=kept)
+        transition.set(
+            origins=PersistentMap.of((owner, state.origins[owner]) for owner in sorted(waiting & state.origins.keys()))
+        )
 
 
 def loan_seconds(rules: JudgeRules, run: RunState, audit: PendingAudit) -> float:

@@ -57,7 +57,7 @@ def merge_due(ledger: ShardLedger, team: TeamSpec, at_work: Collection[int] | No
     if not ledger.gathered:
         return math.inf
     first = min(link.at for link in ledger.gathered.values())
-    if any(link.acceptance.term < ledger.term for link in ledger.gathered.values()):
+    if ledger.term and any(link.acceptance.term < ledger.term for link in ledger.gathered.values()):
         return first  # they were merged before, with a result that proved invalid
     missing = None if at_work is None else {*at_work} - ledger.gathered.keys()
     if missing is not None and not missing:
