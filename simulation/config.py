@@ -18,6 +18,7 @@ from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
+from lutetia.protocol.schema.records import MOST_DEVICES
 from lutetia.simulation.event_queue import START
 
 MIB = 1 << 20
@@ -44,6 +45,7 @@ class SimulationConfig:
             None: so many that it does not matter.
         team: lanes of every shard; None: one node trains an epoch.
         lent: the coordinator lends its checks to nodes.
+        devices: how many devices the nodes have, in turn.
         signed: records are the real sealed bytes, and every replica and reader verifies them.
     """
 
@@ -81,6 +83,7 @@ class SimulationConfig:
     held_out_clips: tuple[int, int] | None = None
     team: TeamSpec | None = None
     lent: bool = False
+    devices: tuple[int, ...] = (1,)
 
     @property
     def lease(self) -> float:
@@ -96,7 +99,7 @@ def with_lanes(config: SimulationConfig, lanes: int) -> SimulationConfig:
     """The same settings with so many lanes of each shard; 1: without a team.
 
     Two epochs' time is the deadline. The coordinator checks as many results at once as it needs to check one of every lane in a
-    third of an epoch's time, as an owner of so many lanes would set it (`docs/results/lanes-simulated.md` shows what happens else).
+    third of an epoch's time, as an owner of so many lanes would set it (docs/results/lanes-simulated.md shows what happens else).
     """
     if lanes == 1:
         return replace(config, team=None)
@@ -136,6 +139,12 @@ def draw_machine(config: SimulationConfig, seed: int, index: int) -> SimulatedMa
         skew=rng.uniform(-config.skew, config.skew),
         operator=operator, peer_id=peer_id_of(owner),
     )  # fmt: skip
+
+
+def draw_device(config: SimulationConfig, seed: int, host: int, number: int, machine: SimulatedMachine) -> SimulatedMachine:
+    """Device `number` (the first is 0) of node `host`: speed and kind are its own, all else is that of the node's `machine`."""
+    own = draw_machine(config, seed, -(host * MOST_DEVICES + number))
+    return replace(machine, speed=own.speed, device=own.device)
 
 
 def make_manifest(config: SimulationConfig) -> Manifest:

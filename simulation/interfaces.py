@@ -88,6 +88,7 @@ class NodeRecords(Protocol):
     def record_due(self, digest: str, again_after: float) -> bool: ...
     def publish(self, record: Any, key: str, ttl: float) -> float: ...
     def sealed(self, record: Any, expires: float) -> bytes: ...
+    def renew_node(self) -> None: ...
 
 
 class ManifestHolder(Protocol):
@@ -101,7 +102,7 @@ class NodeManifest(ManifestHolder, Protocol):
 
 
 class Node(SimulatedReplica, Protocol):
-    """One volunteer's node. `boot` counts its starts."""
+    """One volunteer's node, or a further device of it. `boot` counts its starts."""
 
     rules: NodeRules
     state: MachineState
@@ -115,6 +116,10 @@ class Node(SimulatedReplica, Protocol):
     holds: int | None
     eligible_since: float | None
 
+    @property
+    def host(self) -> Node: ...
+    @property
+    def devices(self) -> Sequence[Node]: ...
     @property
     def world(self) -> World: ...
     @property

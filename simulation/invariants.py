@@ -161,7 +161,11 @@ class Invariants:
                 continue
             if peer.machine.owner in quarantined:
                 continue
-            if peer.manifest_updates.live.version < world.manifest.version or not peer.machine.fitness.get(shard, 0) > 0:
+            if (
+                slot in peer.state.taken
+                or peer.host.manifest_updates.live.version < world.manifest.version
+                or not peer.machine.fitness.get(shard, 0) > 0
+            ):
                 continue
             if peer.state.avoided_until.get(slot, 0.0) - peer.skew > since:
                 continue

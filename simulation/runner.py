@@ -140,14 +140,18 @@ def run_world(
 
 
 def facts_of(world: SimulatedWorld) -> dict[str, Any]:
-    """Figures at the end of the run."""
+    """Figures at the end of the run.
+
+    `utilisation`: of the fit devices that are online, the share that has a shard or lane; `training`: that takes steps. Both are
+    means over looks once per lease.
+    """
     taken = sum(peer.trainer.taken for peer in world.nodes)
     counts = world.invariants.utilisation
     return {
-        "utilisation": counts.share(counts.training),
-        "at_work": counts.share(counts.at_work),
+        "utilisation": counts.share(counts.at_work),
+        "training": counts.share(counts.training),
         "epochs": list(world.invariants.heads),
-        "peers_online": sum(peer.answering for peer in world.nodes),
+        "peers_online": sum(peer.answering and peer.host is peer for peer in world.nodes),
         "rolled_back": world.invariants.rolled_back,
         "quarantined": len(world.coordinators[0].state.run.quarantined),
         "refused": world.coordinators[0].state.run.rejected,

@@ -1,4 +1,4 @@
-"""How many of the nodes that could train do: sums over looks at the whole swarm."""
+"""How many of the devices that could train do: sums over looks at the whole swarm."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lutetia.simulation.interfaces import Node
 
 @dataclass
 class Utilisation:
-    """Nodes that fit a shard and are online, those of them that hold a slot, and those whose trainer takes steps."""
+    """Devices that fit a shard and are online, those of them that hold a slot, and those whose trainer takes steps."""
 
     fit: int = 0
     at_work: int = 0
     training: int = 0
 
     def add(self, nodes: Sequence[Node]) -> None:
-        """Count every node once more."""
+        """Count every device once more. `nodes`: of a node with several devices each."""
         for node in nodes:
             if node.answering and node.state.wanted == "run" and any(node.machine.fitness.values()):
                 trainer = node.trainer.training

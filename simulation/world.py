@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
-from lutetia.simulation.config import OWNER, SimulationConfig, draw_machine, make_manifest
+from lutetia.simulation.config import OWNER, SimulationConfig, draw_device, draw_machine, make_manifest
 from lutetia.simulation.costs import Costs
 from lutetia.simulation.event_queue import START, EventQueue
 from lutetia.simulation.invariants import Invariants
@@ -66,6 +66,11 @@ class SimulatedWorld:
         self.held_out = HeldOutModel(seed, *clips) if clips else None
         self.invariants = Invariants(self)
         self.nodes = [SimulatedNode(self, index, draw_machine(config, seed, index)) for index in range(peers)]
+        """Then the further devices of nodes that have several."""
+        for host in tuple(self.nodes):
+            for number in range(1, config.devices[host.index % len(config.devices)]):
+                device = draw_device(config, seed, host.index, number, host.machine)
+                self.nodes.append(SimulatedNode(self, len(self.nodes), device, host))
         self.coordinators = [SimulatedCoordinator(self, -1)]
         self.blobs.origins.add(-1)
         self.coordinators[0].start()
@@ -106,7 +111,9 @@ class SimulatedWorld:
         try:
             if any(links.dials(newcomer, coordinator) for coordinator in self.coordinators):
                 return True
-            return newcomer.met and any(peer is not newcomer and links.dials(newcomer, peer) for peer in self.nodes)
+            return newcomer.met and any(
+                peer is not newcomer and peer.host is peer and links.dials(newcomer, peer) for peer in self.nodes
+            )
         finally:
             newcomer.online = before
 

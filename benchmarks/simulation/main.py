@@ -117,6 +117,6 @@ def _report(known: dict[str, Any]) -> str:
             f"scenario has: {fewer}.", "",
             "| scenario | fault | peers | seeds | virtual hours | epochs accepted | checks | violated | CPU seconds |",
             "|---|---|---|---|---|---|---|---|---|", *(_line(name, row) for name, row in rows.items()), "",
-            f"InvariantChecks in all: {checks}.", "", *missing, "", "## Invariants violated", "", *broken, "",
+            f"Checks in all: {checks}.", "", *missing, "", "## Invariants violated", "", *broken, "",
         )
     )  # fmt: skip

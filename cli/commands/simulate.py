@@ -127,8 +127,8 @@ def _table(outcome: SimulationOutcome) -> RenderableType:
                     or "-"),
         ("at the end", f"{facts['peers_online']} peers online, {facts['refused']} results refused, "
                        f"useful share {facts['useful']}"),
-        ("utilisation", f"{_percent(facts['utilisation'])} of the fit nodes train, {_percent(facts['at_work'])} hold a shard or "
-                        "lane, on average"),
+        ("utilisation", f"{_percent(facts['utilisation'])} of the fit devices have a shard or lane; "
+                        f"{_percent(facts['training'])} take steps, the others fetch or wait for a verdict or a merge"),
         ("checked", ", ".join(f"{name} {count}" for name, count in sorted(outcome.checks.items()))),
         ("cost", f"{sum(costs.messages.values()) / outcome.peers / outcome.seconds:.2f} messages/s and "
                  f"{sum(costs.bytes.values()) / outcome.peers / outcome.seconds:.0f} bytes/s per peer, "

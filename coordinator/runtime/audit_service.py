@@ -101,9 +101,16 @@ class AuditService:
 
 
 def free_auditors(view: LiveView) -> frozenset[str] | None:
-    """The peers that can carry out an audit, by their own records; None while no record was seen."""
-    free = frozenset(node.record.owner for node in view.nodes if node.record.state == "idle")
+    """The peers that can carry out an audit, by their own records; None while no record was seen.
+
+    A node with several devices can while one of them is idle, whatever the others do.
+    """
+    free = frozenset(node.record.owner for node in view.nodes if _has_idle_device(node.record))
     return free if view.nodes else None
+
+
+def _has_idle_device(node: NodeRecord) -> bool:
+    return node.state == "idle" or any(device.state == "idle" for device in node.devices)
 
 
 def relatives(owner: str, peers: list[NodeRecord]) -> frozenset[str]:

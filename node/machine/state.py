@@ -18,17 +18,21 @@ from lutetia.system.retry import backoff
 
 Immutable = TypeVar("Immutable")
 
+BUSIEST: tuple[NodeState, ...] = (
+    "training", "publishing", "draining", "syncing", "claiming", "idle", "paused", "probing", "joining", "left",
+)  # fmt: skip
+"""A node with several devices is said to do what the first of its devices' states here says."""
 MANY_STANDBYS = 10_000
 """Number of standbys of one shard up to which a takeover stays cheap (see `takeover_delay`)."""
 
 
 def evolve(old: Immutable, **changes: Any) -> Immutable:
     """`dataclasses.replace` for dataclasses without `__post_init__`, several times faster. Raises TypeError on unknown fields."""
-    if not changes.keys() <= old.__dict__.keys():
+    fields = old.__dict__ | changes
+    if len(fields) != len(old.__dict__):
         raise TypeError(f"{type(old).__name__} has no {sorted(changes.keys() - old.__dict__.keys())}")
     new = object.__new__(type(old))
-    new.__dict__.update(old.__dict__)
-    new.__dict__.update(changes)
+    object.__setattr__(new, "__dict__", fields)
     return new
 
 

@@ -8,13 +8,10 @@ from typing import NamedTuple
 
 import psutil
 
+from lutetia.node.machine.state import BUSIEST
 from lutetia.node.trainer.probe import ProbeResult
 from lutetia.protocol.schema.records import MOST_DEVICES, DeviceEntry, Hardware, NodeState
 
-BUSIEST: tuple[NodeState, ...] = (
-    "training", "publishing", "draining", "syncing", "claiming", "idle", "paused", "probing", "joining", "left",
-)  # fmt: skip
-"""A node with several devices is said to do what the first of its devices' states here says."""
 _AGAIN = 0.9
 """Part of a heartbeat after which the record is published again, whichever device asks for it."""
 

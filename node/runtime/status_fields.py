@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from lutetia.node.local_status import DeviceStatus, TrafficStatus
+from lutetia.node.machine.state import BUSIEST
 from lutetia.node.runtime.devices.device_shell import DeviceShell
-from lutetia.node.runtime.node_record import BUSIEST
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.services.traffic import expected_traffic
 from lutetia.protocol.claims import shard_and_lane

@@ -36,19 +36,22 @@ def schedule(world: SimulatedWorld, steps: Sequence[Step]) -> None:
 def _command(verb: m.Verb) -> Callable[[SimulatedNode, Step], None]:
     def give(peer: SimulatedNode, step: Step) -> None:
         until = peer.clock() + step.value if verb == "pause" and step.value else None
-        peer.feed(peer.boot, m.UserVerb, verb, until)
+        for device in peer.devices:
+            device.feed(device.boot, m.UserVerb, verb, until)
 
     return give
 
 
 def _disk_full(peer: SimulatedNode, step: Step) -> None:
-    peer.disk_full = True
-    peer.feed(peer.boot, m.DiskFull, "the disk is full; free some space")
+    for device in peer.devices:
+        device.disk_full = True
+        device.feed(device.boot, m.DiskFull, "the disk is full; free some space")
 
 
 def _disk_free(peer: SimulatedNode, step: Step) -> None:
-    peer.disk_full = False
-    peer.feed(peer.boot, m.DiskFree)
+    for device in peer.devices:
+        device.disk_full = False
+        device.feed(device.boot, m.DiskFree)
 
 
 def _disk_lost(peer: SimulatedNode, step: Step) -> None:
@@ -60,18 +63,22 @@ def _disk_lost(peer: SimulatedNode, step: Step) -> None:
 
 
 def _device(works: bool) -> Callable[[SimulatedNode, Step], None]:
+    """The last device of the node, if it has several."""
+
     def switch(peer: SimulatedNode, step: Step) -> None:
-        peer.device_ok = works
+        device = peer.devices[-1]
+        device.device_ok = works
         if not works:
-            peer.trainer.fail("hardware", "the device has fallen off the bus")
+            device.trainer.fail("hardware", "the device has fallen off the bus")
 
     return switch
 
 
 def _skew(peer: SimulatedNode, step: Step) -> None:
     """The clock jumps by `value` seconds."""
-    peer.skew += step.value
-    peer.feed(peer.boot, m.ClockTick)
+    for device in peer.devices:
+        device.skew += step.value
+        device.feed(device.boot, m.ClockTick)
 
 
 def _corrupt(peer: SimulatedNode, step: Step) -> None:
@@ -81,7 +88,8 @@ def _corrupt(peer: SimulatedNode, step: Step) -> None:
 
 
 def _behaviour(peer: SimulatedNode, step: Step) -> None:
-    peer.trainer.behaviour = step.detail  # pyright: ignore[reportAttributeAccessIssue]
+    for device in peer.devices:
+        device.trainer.behaviour = step.detail  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _audits(peer: SimulatedNode, step: Step) -> None:

@@ -26,6 +26,11 @@ def replay_finding(world: World, audit: PendingAudit) -> AuditFinding:
     return AuditFinding(outcome="invalid", text="the replay gave other losses") if caught else AuditFinding(outcome="valid")
 
 
+def is_free(device: Node) -> bool:
+    """Whether a device has no work of its own, as `node.runtime.shell.is_free`."""
+    return device.device_ok and device.state.phase == "idle" and device.state.disk_full_since is None
+
+
 class SimulatedAuditor:
     """The auditor of one node."""
 
@@ -49,8 +54,7 @@ class SimulatedAuditor:
 
     def _free(self, boot: int) -> bool:
         node = self._node
-        fit = node.answering and node.device_ok and boot == node.boot
-        return fit and node.state.phase == "idle" and node.state.disk_full_since is None
+        return node.answering and boot == node.boot and any(map(is_free, node.devices))
 
     async def _once(self, boot: int) -> float:
         """Do one audit if there is one. Returns the seconds until the next question."""
@@ -107,7 +111,9 @@ class SimulatedAuditor:
             return replay_finding(world, audit)
         finally:
             for parcel in fetched:
-                if parcel not in own_work and not (node.state.work and parcel == node.state.work.checkpoint):
+                if parcel not in own_work and all(
+                    not device.state.work or parcel != device.state.work.checkpoint for device in node.devices
+                ):
                     world.blobs.drop(parcel, node)
 
     async def _send_report(

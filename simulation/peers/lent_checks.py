@@ -16,6 +16,7 @@ from lutetia.protocol.rpc.check_request import CheckReport
 from lutetia.protocol.schema.records import AcceptanceRecord, CheckpointRecord
 from lutetia.simulation.interfaces import Coordinator, Node
 from lutetia.simulation.network.blobs import Content, SimulatedDelay, drive, untrained_loss
+from lutetia.simulation.peers.auditor import is_free
 from lutetia.simulation.peers.check_runner import SimulatedCheckRunner
 from lutetia.system.errors import UnreachableError
 
@@ -132,8 +133,7 @@ class SimulatedChecker:
 
     def _free(self, boot: int) -> bool:
         node = self._node
-        fit = node.answering and node.device_ok and boot == node.boot
-        return fit and node.state.phase == "idle" and node.state.disk_full_since is None
+        return node.answering and boot == node.boot and any(map(is_free, node.devices))
 
     async def _once(self, boot: int) -> None:
         for coordinator in self._world.coordinators:
@@ -150,7 +150,7 @@ class SimulatedChecker:
             except UnreachableError:
                 return
             finally:
-                if not self._node.state.work:
+                if not any(device.state.work for device in self._node.devices):
                     self._world.blobs.drop(record.digest, self._node)
             if await self._worked(coordinator, check.name, boot):
                 await self._report(coordinator, check.loans[self._node.machine.owner].id, record, parent)

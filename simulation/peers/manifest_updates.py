@@ -85,7 +85,7 @@ class SimulatedManifestUpdates:
                 self.receive(coordinator.served_manifest.live)
                 return
             await SimulatedDelay(DIAL_TIMEOUT)
-        others = [peer for peer in world.nodes if peer is not node and links.dials(node, peer)]
+        others = [peer for peer in world.nodes if peer is not node and peer.host is peer and links.dials(node, peer)]
         if others:
             other = others[int(node.clock()) % len(others)]
             await SimulatedDelay(2 * links.stream(node, other))
@@ -97,5 +97,6 @@ class SimulatedManifestUpdates:
         if not node.answering or other.version <= self.live.version or not self.live.adopt(other.signed.to_bytes(), node.clock()):
             return
         new = self.live()
-        node.rules = NodeRules.of(new, node.machine.owner)
-        node.feed(node.boot, m.ManifestChanged, new.version, training_changed(old, new))
+        for device in node.devices:
+            device.rules = NodeRules.of(new, node.machine.owner)
+            device.feed(device.boot, m.ManifestChanged, new.version, training_changed(old, new))

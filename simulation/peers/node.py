@@ -24,10 +24,18 @@ _TICK = 1e-6  # so that no timer comes too early by a rounding error
 
 
 class SimulatedNode:
-    """`boot` counts its starts, so that answers to an earlier process do not reach a later one."""
+    """A node, or a further device of one: `host` is the node that it belongs to, else it is its own host.
 
-    def __init__(self, world: World, index: int, machine: SimulatedMachine) -> None:
+    A device has a state machine and a trainer of its own. Identity, network, disk and process are its host's, which starts, kills
+    and stops all its devices. `boot` counts the starts, so that answers to an earlier process do not reach a later one.
+    """
+
+    def __init__(self, world: World, index: int, machine: SimulatedMachine, host: SimulatedNode | None = None) -> None:
         self.world, self.index, self.machine = world, index, machine
+        self.host: SimulatedNode = self if host is None else host
+        self.devices: list[SimulatedNode] = [self]
+        if host is not None:
+            host.devices.append(self)
         self.access_latency, self.up, self.skew = machine.access_latency, machine.up, machine.skew
         self.rules = NodeRules.of(world.manifest, machine.owner)
         """Of the manifest version on its disk."""
@@ -62,12 +70,16 @@ class SimulatedNode:
         """Start the process, with what its disk holds."""
         if self.running:
             return
+        for device in self.devices:
+            device._boot()
+        self._join(self.boot, 1)
+
+    def _boot(self) -> None:
         self.boot += 1
         self.running, self.frozen, self.online = True, False, False
         remembered = frozenset(shard for shard, disk in self.trainer.disks.items() if disk.kept or disk.local)
         self.state = MachineState(since=self.clock(), remembered=remembered)
         self._timer = float("inf")
-        self._join(self.boot, 1)
 
     def _join(self, boot: int, attempt: int) -> None:
         """Dial the bootstrap peers and, if this node has been online before, the peers that it met."""
@@ -81,55 +93,70 @@ class SimulatedNode:
     def _joined(self, boot: int) -> None:
         if boot != self.boot or not self.running or self.online:
             return
-        self.online = self.met = True
-        self.joins += 1
+        self.met = True
+        first = self.state.phase == "joining"
+        for device in self.devices:
+            device.online = True
+            device.joins += 1
         self.world.dht.enter(self, self.machine.peer_id)
-        if self.state.phase == "joining":
-            self.feed(boot, m.Joined)
+        for device in self.devices:
+            device.feed(device.boot, m.Joined if first else m.NetworkBack)
+        if first:
             self.auditor.begin(boot)
             if self.world.config.lent:
                 self.checker.begin(boot)
             self.manifest_updates.begin(boot)
-        else:
-            self.feed(boot, m.NetworkBack)
-        self.network.joined(boot)
+        for device in self.devices:
+            device.network.joined()
+        self.network.begin(boot)
 
     def lose_network(self) -> None:
         """p2pd died; it is restarted at once."""
         if self.online:
-            self.online = False
+            for device in self.devices:
+                device.online = False
             self.world.dht.depart(self)
-            self.feed(self.boot, m.NetworkLost)
+            for device in self.devices:
+                device.feed(device.boot, m.NetworkLost)
             self._join(self.boot, 1)
 
     def kill(self) -> None:
         """SIGKILL, or a power cut."""
         if not self.running:
             return
-        self.trainer.stop(save=False)
+        for device in self.devices:
+            device.trainer.stop(save=False)
         self._end()
 
     def _end(self) -> None:
-        self.running = self.frozen = False
-        self.boot += 1
-        if self.online:
-            self.online = False
+        online = self.online
+        for device in self.devices:
+            device.running = device.frozen = device.online = False
+            device.boot += 1
+            device._backlog.clear()
+        if online:
             self.world.dht.depart(self)
-        self._backlog.clear()
-        self.world.invariants.after_peer(self)
+        for device in self.devices:
+            self.world.invariants.after_peer(device)
 
     def freeze(self) -> None:
         """SIGSTOP, or a closed lid: only the clock runs on."""
         if self.running and not self.frozen:
-            self.trainer.freeze()
-            self.frozen = True
+            for device in self.devices:
+                device.trainer.freeze()
+                device.frozen = True
             self.world.dht.changed(self)
 
     def thaw(self) -> None:
         if not self.frozen:
             return
-        self.frozen = False
+        for device in self.devices:
+            device.frozen = False
         self.world.dht.changed(self)
+        for device in self.devices:
+            device._wake_up()
+
+    def _wake_up(self) -> None:
         self.trainer.thaw()
         backlog, self._backlog = self._backlog, []
         for kind, arguments in backlog:
@@ -164,6 +191,26 @@ class SimulatedNode:
         world.invariants.after_peer(self)
         if self.running:
             self._arm()
+        if len(self.host.devices) > 1:
+            self._tell_others()
+
+    def _tell_others(self) -> None:
+        """Tell each device of the node which slots the others have, as `NodeShell.device_changed`."""
+        devices = self.host.devices
+        used = [device.slots_in_use for device in devices]
+        for device in devices:
+            taken = frozenset[int]().union(*(slots for other, slots in zip(devices, used, strict=True) if other is not device))
+            if device.running and device.state.phase != "left" and taken != device.state.taken:
+                device.feed(device.boot, m.ShardsTaken, taken)
+
+    @property
+    def slots_in_use(self) -> frozenset[int]:
+        """Slots that no other device of the node may take."""
+        state, training = self.state, self.trainer.training
+        used = {training.shard} if training else set[int]()
+        if (work := state.work) and (work.owned or work.pending or work.trainer == "on"):
+            used.add(work.shard)
+        return frozenset(used if state.target is None else used | {state.target})
 
     def _arm(self) -> None:
         due = next_wake(self.rules, self.state)
@@ -238,8 +285,8 @@ class SimulatedNode:
         self.world.queue.after(_LEAVE_SECONDS, self._left, self.boot)
 
     def _left(self, boot: int) -> None:
-        if boot == self.boot and self.running:
-            self._end()
+        if boot == self.boot and self.running and all(device.state.phase == "left" for device in self.host.devices):
+            self.host._end()
 
 
 _HANDLERS: dict[type, Callable[[SimulatedNode, Any], None]] = {

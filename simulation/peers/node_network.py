@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from lutetia.coordinator.ledger.status_builder import Sighting
 from lutetia.node.machine import messages as m
+from lutetia.node.machine.state import BUSIEST
 from lutetia.node.pacing import provider_record_due
 from lutetia.node.services.standby_policy import read_pause, watch_until
 from lutetia.protocol.claims import shard_and_lane
 from lutetia.protocol.dht_records import next_expiry
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.records import ClaimRecord, Hardware, NodeRecord, RecordLimits, claim_key, quarantine_key, seal
+from lutetia.protocol.schema.records import (
+    ClaimRecord,
+    DeviceEntry,
+    Hardware,
+    NodeRecord,
+    NodeState,
+    RecordLimits,
+    claim_key,
+    quarantine_key,
+    seal,
+)
 from lutetia.simulation.interfaces import Node
 
 _HARDWARE = Hardware(device="cuda", memory_bytes=1 << 34, cores=8)
@@ -29,16 +41,20 @@ class SimulatedNodeNetwork:
         self._quarantine_seen = float("-inf")
         self._expiries: dict[str, float] = {}
         self._recorded: dict[str, float] = {}
-        self._record: NodeRecord | None = None
+        self._record: tuple[Sequence[tuple[NodeState, int | None]], NodeRecord] | None = None
+        """The node record, and what its devices did then."""
         self._announced = float("-inf")
         manifest = node.world.manifest
         self.limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
 
-    def joined(self, boot: int) -> None:
+    def joined(self) -> None:
         """The node is on the network (again): publish everything again."""
         self._expiries.clear()
         self._recorded.clear()
         self._announced = float("-inf")
+
+    def begin(self, boot: int) -> None:
+        """Read the node records from now on, once for all devices."""
         self._world.queue.after(read_pause(self._node.rules.lease), self._list, boot, self._node.joins)
 
     # --- looking ----------------------------------------------------------------------------------------------------------
@@ -52,7 +68,7 @@ class SimulatedNodeNetwork:
         node, world = self._node, self._world
         if boot != node.boot or not node.answering:
             return
-        views = world.dht.look(node, shards)
+        views = world.dht.look(node.host, shards)
         if world.quarantining:
             views = self._without_quarantined(views)
         world.costs.looked(len(shards), sum([len(view.claims) for view in views]), world.config.replicas, world.dht.size)
@@ -65,7 +81,7 @@ class SimulatedNodeNetwork:
         node = self._node
         if node.clock() - self._quarantine_seen >= node.rules.heartbeat:
             self._quarantine_seen = node.clock()
-            records = self._world.dht.read(node, quarantine_key(node.rules.run)).values()
+            records = self._world.dht.read(node.host, quarantine_key(node.rules.run)).values()
             self._quarantined = frozenset(owner for stored in records for owner in stored.record.peers)
         dropped = self._quarantined
         return tuple(
@@ -81,6 +97,9 @@ class SimulatedNodeNetwork:
                 if view.acceptance is not None:
                     self.acceptances[view.shard] = view.acceptance
             self._node.feed(boot, m.SwarmSeen, views)
+            for device in self._node.host.devices:
+                if device is not self._node and device.state.phase == "idle":
+                    device.feed(device.boot, m.SwarmSeen, views)
 
     def _list(self, boot: int, joins: int) -> None:
         """Read the node records and derive the shards to watch."""
@@ -93,10 +112,10 @@ class SimulatedNodeNetwork:
             buckets, records = membership.read_by(node.machine.owner)
             world.costs.listed(buckets, records, world.config.replicas, world.dht.size)
             wait = read_pause(node.rules.lease, records)
-            if node.state.watched_shards is not None or node.state.phase in ("idle", "claiming"):
-                node.feed(
-                    boot, m.WatchedShardsSet, membership.watched_shards.get(node.machine.owner), watch_until(node.clock(), wait)
-                )
+            for device in node.devices:
+                if device.state.watched_shards is not None or device.state.phase in ("idle", "claiming"):
+                    watched = membership.watched_shards.get(node.machine.owner)
+                    device.feed(device.boot, m.WatchedShardsSet, watched, watch_until(node.clock(), wait))
         world.queue.after(wait, self._list, boot, joins)
 
     # --- publishing -----------------------------------------------------------------------------------------------------------
@@ -116,7 +135,9 @@ class SimulatedNodeNetwork:
         node = self._node
         skew = self.limits.maximum_clock_skew
         expires = self._expiries[key] = next_expiry(node.clock() + ttl, self._expiries.get(key, 0.0), skew)
-        self._world.dht.store(node, record, expires, node.machine.identity, self.sealed(record, expires) if self.newer else b"")
+        self._world.dht.store(
+            node.host, record, expires, node.machine.identity, self.sealed(record, expires) if self.newer else b""
+        )
         return expires
 
     def sealed(self, record: Any, expires: float) -> bytes:
@@ -138,6 +159,10 @@ class SimulatedNodeNetwork:
         """The heartbeat: publish the claim, the node record and, when due, the provider records."""
         if claim is not None:
             self.publish_claim(claim)
+        self._node.host.network.renew_node()
+
+    def renew_node(self) -> None:
+        """Publish the one record of the node, and those of its blobs."""
         node, world, now = self._node, self._world, self._node.clock()
         world.directory[node.machine.owner] = (node, Sighting(self._node_record(now), now + node.rules.lease, now))
         world.costs.stored("node", world.config.replicas, world.dht.size)
@@ -147,15 +172,31 @@ class SimulatedNodeNetwork:
             world.costs.stored("provider", world.config.replicas, world.dht.size, 2 * parcels)
 
     def _node_record(self, now: float) -> NodeRecord:
-        """The node record; a new one when state or shard have changed."""
+        """The node record; a new one when what a device does has changed."""
         node, known = self._node, self._record
-        shard = shard_and_lane(node.state.work.shard)[0] if node.state.work else None
-        if known is None or (known.state, known.shard) != (node.state.phase, shard):
-            rate = node.trainer.speed * 16 if any(node.machine.fitness.values()) else 0.0
-            known = self._record = NodeRecord.model_construct(
-                run=node.rules.run, owner=node.machine.owner, issued=now, peer_id=node.machine.peer_id, addresses=(),
-                hardware=_HARDWARE,
-                samples_per_second=rate, software="simulated", state=node.state.phase, shard=shard,
-                operator=node.machine.operator,
-            )  # fmt: skip
-        return known
+        done = [(device.state.phase, _shard(device)) for device in node.devices]
+        if known is None or known[0] != done:
+            known = self._record = done, self._made(now, done)
+        return known[1]
+
+    def _made(self, now: float, done: Sequence[tuple[NodeState, int | None]]) -> NodeRecord:
+        """As `node.runtime.node_record.summary_of`, whose facts of the hardware the model lacks."""
+        node = self._node
+        rates = [
+            device.trainer.speed * 16 if any(device.machine.fitness.values()) else 0.0 for device in node.devices
+        ]  # fmt: skip
+        entries = tuple(
+            DeviceEntry(device=f"cuda:{number}", state=state, shard=shard, samples_per_second=rate)
+            for number, ((state, shard), rate) in enumerate(zip(done, rates, strict=True))
+        )
+        return NodeRecord.model_construct(
+            run=node.rules.run, owner=node.machine.owner, issued=now, peer_id=node.machine.peer_id, addresses=(),
+            hardware=_HARDWARE, samples_per_second=sum(rates), software="simulated",
+            state=min((state for state, _ in done), key=BUSIEST.index),
+            shard=min([shard for _, shard in done if shard is not None], default=None),
+            operator=node.machine.operator, devices=entries if len(entries) > 1 else (),
+        )  # fmt: skip
+
+
+def _shard(device: Node) -> int | None:
+    return shard_and_lane(device.state.work.shard)[0] if device.state.work else None

@@ -22,15 +22,15 @@ async def sync_round(peer: Node, action: m.Sync, boot: int) -> tuple[Any, ...]:
     """As `node.runtime.tasks.sync`: fetch the data and the accepted state, and find own checkpoints that descend from it."""
     world, shard, epoch, checkpoint = peer.world, action.shard, action.epoch, action.checkpoint
     try:
-        await world.blobs.fetch(peer, shard_parcel(shard_and_lane(shard)[0]), world.config.shard_bytes, world.coordinators)
+        await world.blobs.fetch(peer.host, shard_parcel(shard_and_lane(shard)[0]), world.config.shard_bytes, world.coordinators)
         if epoch:
             assert checkpoint is not None
             accepted = peer.network.acceptances.get(shard)
             known = accepted is not None and (accepted.epoch, accepted.checkpoint) == (epoch, checkpoint)
-            if not known and not world.blobs.has(checkpoint, peer):
+            if not known and not world.blobs.has(checkpoint, peer.host):
                 raise UnreachableError(f"the acceptance of epoch {epoch} of shard {shard} is not in the DHT; waiting for it")
             size = world.config.weights_bytes + world.config.state_bytes
-            await world.blobs.fetch(peer, checkpoint, size, world.coordinators)
+            await world.blobs.fetch(peer.host, checkpoint, size, world.coordinators)
         if peer.disk_full:
             raise UnreachableError("no space left on device")
     except UnreachableError as error:
@@ -62,13 +62,13 @@ async def offer_round(peer: Node, candidate: m.OwnCheckpoint, boot: int) -> tupl
 
 async def _offer(peer: Node, coordinator: Coordinator, record: Any, boot: int) -> OfferReply | None:
     """Dial, send, and wait for the answer. None: unreachable, or the connection broke before the answer."""
-    links = peer.world.links
-    if not links.dials(peer, coordinator):
+    links, host = peer.world.links, peer.host
+    if not links.dials(host, coordinator):
         await SimulatedDelay(DIAL_TIMEOUT)
         return None
-    outward = links.stream(peer, coordinator) + links.stream(coordinator, peer) + links.stream(peer, coordinator, 2000)
+    outward = links.stream(host, coordinator) + links.stream(coordinator, host) + links.stream(host, coordinator, 2000)
     await SimulatedDelay(min(outward, OFFER_TIMEOUT))
-    if outward >= OFFER_TIMEOUT or boot != peer.boot or not links.dials(peer, coordinator):
+    if outward >= OFFER_TIMEOUT or boot != peer.boot or not links.dials(host, coordinator):
         return None
     peer.world.costs.offer_exchanged()
     if not coordinator.serving:
@@ -76,6 +76,6 @@ async def _offer(peer: Node, coordinator: Coordinator, record: Any, boot: int) -
     life = peer.network.limits.longest("checkpoint")
     sealed = peer.network.sealed(record, record.issued + life) if peer.machine.identity else b""
     reply = coordinator.offered(record, sealed, life)
-    back = links.stream(coordinator, peer)
+    back = links.stream(coordinator, host)
     await SimulatedDelay(back)
-    return reply if boot == peer.boot and links.together(peer.index, coordinator.index) and coordinator.running else None
+    return reply if boot == peer.boot and links.together(host.index, coordinator.index) and coordinator.running else None

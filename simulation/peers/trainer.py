@@ -63,7 +63,7 @@ class SimulatedTrainer:
         self.training: SimulatedTraining | None = None
         self.exiting = False
         """The trainer has ended by itself, and the machine does not know yet."""
-        self.disks: dict[int, SimulatedDisk] = {}
+        self.disks: dict[int, SimulatedDisk] = {} if node.host is node else node.host.trainer.disks
         self.behaviour: Behaviour = "honest"
         self.steps_per_epoch = node.world.manifest.steps_per_epoch
         self.speed = node.machine.speed * self.steps_per_epoch / node.world.config.epoch_seconds
@@ -85,7 +85,7 @@ class SimulatedTrainer:
         epoch, parent = order.epoch, order.checkpoint
         while (following := _following(disk, epoch, parent)) is not None:
             epoch, parent = epoch + 1, following
-        if parent is not None and not self._world.blobs.has(parent, self._node):
+        if parent is not None and not self._world.blobs.has(parent, self._node.host):
             self.exiting = True
             self._node.soon(TrainerExited, order.run, "bad-state", "the accepted state is not on this disk")
             return
@@ -167,7 +167,7 @@ class SimulatedTrainer:
 
     def wipe(self) -> None:
         self.disks.clear()
-        self._world.blobs.wipe(self._node)
+        self._world.blobs.wipe(self._node.host)
 
     # the model of training
 
@@ -226,7 +226,7 @@ class SimulatedTrainer:
         if digest not in disk.digests:
             disk.kept.append(record)
             disk.digests.append(digest)
-        self._world.blobs.put(digest, self._node)
+        self._world.blobs.put(digest, self._node.host)
         training = self.training
         if training and training.number == number:
             samples = (training.epoch * self.steps_per_epoch) * 16

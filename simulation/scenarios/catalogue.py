@@ -8,6 +8,7 @@ from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.adversaries import ADVERSARY_SCENARIOS
+from lutetia.simulation.scenarios.cards import CARD_SCENARIOS
 from lutetia.simulation.scenarios.few_clips import FEW_CLIP_SCENARIOS
 from lutetia.simulation.scenarios.lent import LENT_SCENARIOS
 from lutetia.simulation.scenarios.links import LINK_SCENARIOS
@@ -147,6 +148,7 @@ SCENARIOS: dict[str, Scenario] = {
         *ADVERSARY_SCENARIOS,
         *FEW_CLIP_SCENARIOS,
         *LENT_SCENARIOS,
+        *CARD_SCENARIOS,
     )
 }
 

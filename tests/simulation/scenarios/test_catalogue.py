@@ -30,6 +30,18 @@ def test_scenario_keeps_every_invariant_with_three_lanes(name: str) -> None:
     outcome = simulate(replace(scenario, config=with_lanes(scenario.config, 3)), scenario.peers, 1)
     assert outcome.violation is None, "\n".join([str(outcome.violation), *outcome.plan, *outcome.trace])
     assert outcome.accepted > 0
+    assert outcome.checks["I8"] >= scenario.seconds // scenario.config.lease - 1, "once per lease"
+
+
+def test_crowd_with_lanes_keeps_nine_of_ten_devices_at_work() -> None:
+    crowd = SCENARIOS["crowd"]
+    config = with_lanes(replace(crowd.config, shards=2), 16)
+    outcome = simulate(replace(crowd, config=config), 30, 1, seconds=900)
+    assert outcome.violation is None, str(outcome.violation)
+    assert outcome.facts["utilisation"] >= 0.9
+    assert 0.3 < outcome.facts["training"] <= outcome.facts["utilisation"], "some wait for the merge"
+    alone = simulate(replace(crowd, config=replace(config, team=None)), 30, 1, seconds=300)
+    assert alone.facts["utilisation"] < 0.2, "without lanes two of thirty work"
 
 
 def test_every_fault_has_a_scenario_or_a_reason() -> None:
