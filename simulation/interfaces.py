@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from lutetia.coordinator.acceptance import messages as j
@@ -72,7 +72,7 @@ class Trainer(Protocol):
     @property
     def training(self) -> Any: ...
     @property
-    def disks(self) -> Mapping[int, Any]: ...
+    def disks(self) -> dict[int, Any]: ...
     @property
     def rate(self) -> float: ...
     def pending(self, shard: int, epoch: int, checkpoint: str | None) -> tuple[m.OwnCheckpoint, ...]: ...

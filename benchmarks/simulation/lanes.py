@@ -50,9 +50,9 @@ def _percent(share: float | None) -> str:
 def _row(lanes: int, checks: int, outcome: SimulationOutcome, cpu: float) -> str:
     facts = outcome.facts
     cells = (
-        SHARDS * lanes, outcome.peers, f"{outcome.seconds:.0f}", checks, _percent(facts["utilisation"]), _percent(facts["training"]),
-        _percent(facts["useful"]), facts["results_waiting"], facts["audits_due"], f"{facts['judged'] / outcome.seconds:.1f}",
-        f"{cpu:.0f}", round(facts["peak_memory_bytes"] / 2**20),
+        SHARDS * lanes, outcome.peers, f"{outcome.seconds:.0f}", checks, _percent(facts["utilisation"]),
+        _percent(facts["training"]), _percent(facts["useful"]), facts["results_waiting"], facts["audits_due"],
+        f"{facts['judged'] / outcome.seconds:.1f}", f"{cpu:.0f}", round(facts["peak_memory_bytes"] / 2**20),
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -66,16 +66,17 @@ def _report(rows: Sequence[str], violations: Sequence[str], seconds: float) -> s
         f"`python -m benchmarks simulate lanes` on {Machine.this()}: the scenario `crowd` with {SHARDS} shards,",
         f"one node for each lane, seed 1, {seconds:.0f} virtual seconds. A node of speed 1 takes {config.epoch_seconds:.0f} s "
         f"for an epoch, a check {config.check_seconds} s.",
-        "Have a lane: of the fit devices that are online, on average over looks once per lease. Take steps: of the same; the others "
-        "fetch, or wait for a verdict or for the merge.",
+        "Have a lane: of the fit devices that are online, on average over looks once per lease. Take steps: of the same; the",
+        "others fetch, or wait for a verdict or for the merge.",
         "Work in accepted epochs: steps that stand, of all taken. Processor seconds are those of the whole simulation.", "",
         f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS), *rows, "",
         *(violations or ["No invariant was violated."]), "",
         "## What breaks first, and the remedy", "",
-        f"Every lane gives one result per epoch. With {config.checks_at_once} checks at once, the default, {most} results can be "
-        f"checked in the {config.epoch_seconds:.0f} s of an epoch; with more lanes results wait for their check, merges wait for "
-        "results, and nodes for merges. The owner then raises `checks_at_once`, on a machine that can bear it, or lends checks to "
-        "nodes (`lends_checks`, [lent-checks.md](lent-checks.md)).", "",
-        f"Each result is {size:.0f} MiB here, and the coordinator fetches it once: {size * 1024 / config.epoch_seconds:.0f} MiB/s "
-        f"with 1024 lanes, of which its line must be capable. That breaks next. The manifest's shares do not make a result smaller.", "",
+        f"Every lane gives one result per epoch. With {config.checks_at_once} checks at once, the default, {most} results can be",
+        f"checked in the {config.epoch_seconds:.0f} s of an epoch. With more lanes results wait for their check, merges wait for",
+        "results, and nodes for merges. The owner then raises `checks_at_once`, on a machine that can bear it, or lends checks",
+        "to nodes (`lend_checks`, [lent-checks.md](lent-checks.md)).", "",
+        f"A result is {size:.0f} MiB here, and the coordinator fetches it once: {size * 1024 / config.epoch_seconds:.0f} MiB/s",
+        "with 1024 lanes.",
+        "Its line breaks next. Lanes of smaller shares do not make a result smaller.", "",
     ])  # fmt: skip

@@ -174,7 +174,7 @@ class SimulatedNodeNetwork:
     def _node_record(self, now: float) -> NodeRecord:
         """The node record; a new one when what a device does has changed."""
         node, known = self._node, self._record
-        done = [(device.state.phase, _shard(device)) for device in node.devices]
+        done: list[tuple[NodeState, int | None]] = [(device.state.phase, _shard(device)) for device in node.devices]
         if known is None or known[0] != done:
             known = self._record = done, self._made(now, done)
         return known[1]

@@ -136,10 +136,10 @@ def _slot(candidate: WaitingResult) -> int:
 def _ready(transition: JudgeTransition) -> Iterator[WaitingResult]:
     """The candidates that are neither here nor on their way, and whose time has come."""
     state, now = transition.state, transition.now
-    under_way = {(shard, owner) for keys in (state.fetching, state.fetched, state.held) for shard, owner, _ in keys}
+    under_way = {*state.fetching, *state.fetched, *state.held}
     for index in sorted(state.pending):
-        for owner, candidate in state.run.shards[index].candidates.items():
-            if candidate.not_before <= now and candidate.doubt is None and (index, owner) not in under_way:
+        for (owner, digest), candidate in state.run.shards[index].candidates.items():
+            if candidate.not_before <= now and candidate.doubt is None and (index, owner, digest) not in under_way:
                 yield candidate
 
 
@@ -186,8 +186,7 @@ def forget_gone(transition: JudgeTransition) -> None:
 
 def _is_candidate(state: JudgeState, key: FetchKey) -> bool:
     shard, owner, digest = key
-    candidate = state.run.shards[shard].candidates.get(owner)
-    return candidate is not None and candidate.record.digest == digest
+    return (owner, digest) in state.run.shards[shard].candidates
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lutetia.coordinator.ledger.status_builder import LiveView, Sighting
 from lutetia.coordinator.runtime.audit_service import free_auditors, relatives
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
-from lutetia.protocol.schema.records import Hardware, NodeRecord, NodeState
+from lutetia.protocol.schema.records import DeviceEntry, Hardware, NodeRecord, NodeState
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, drive_judge, limits_of
 
 CHEAT, HONEST, OTHER, AUDITOR = PEERS[0], PEERS[1], PEERS[2], PEERS[4]
@@ -139,6 +140,9 @@ def test_free_auditors_are_the_idle_nodes_of_the_view():
         for peer, state in states
     ]
     assert free_auditors(LiveView(nodes)) == {owner(AUDITOR)}
+    cards = (DeviceEntry(device="cuda:0", state="training"), DeviceEntry(device="cuda:1", state="idle"))
+    nodes[1] = replace(nodes[1], record=nodes[1].record.model_copy(update={"devices": cards}))
+    assert free_auditors(LiveView(nodes)) == {owner(AUDITOR), owner(HONEST)}, "one of its devices has nothing to do"
     assert free_auditors(LiveView()) is None, "nothing was read yet"
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lutetia.coordinator.acceptance.checks import Verdict
+from lutetia.coordinator.acceptance.intake.rate_limits import may_become_candidate
 from lutetia.coordinator.acceptance.messages import CheckDone, KeepResult, Merged, Publish
 from lutetia.coordinator.acceptance.retention import needed_blobs
 from lutetia.coordinator.ledger.events import LaneDropped, read_event
@@ -35,6 +36,17 @@ def test_quorum_of_lanes_is_merged_into_one_epoch_that_names_them() -> None:
     assert [run.peer(PEERS[lane].public_key).accepted for lane in range(4)] == [1, 0, 1, 1]
     assert run.rejected == 0
     assert run.credit[PEERS[3].public_key][0].standing * 2 == run.credit[PEERS[0].public_key][0].standing  # half a share
+
+
+def test_question_about_a_gathered_result_is_answered_and_starts_nothing() -> None:
+    driver = LanesDriver()
+    first = driver.result(0)
+    driver.judge.now += DEADLINE + 1
+    assert driver.judge.offer(first).verdict == "gathered"
+    assert not may_become_candidate(driver.judge.state.run, first), "read from the DHT, it is not offered to the judge again"
+    assert not driver.merges()
+    driver.tick()
+    assert len(driver.merges()) == 1, "what time makes due starts at the tick"
 
 
 def test_lane_takes_one_result_and_none_beyond_its_number() -> None:
