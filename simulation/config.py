@@ -99,7 +99,7 @@ def with_lanes(config: SimulationConfig, lanes: int) -> SimulationConfig:
     """The same settings with so many lanes of each shard; 1: without a team.
 
     Two epochs' time is the deadline. The coordinator checks as many results at once as it needs to check one of every lane in a
-    third of an epoch's time, as an owner of so many lanes would set it (docs/results/lanes-simulated.md shows what happens else).
+    third of an epoch's time, as an owner of so many lanes would set it (benchmarks/simulation/lanes.py shows what happens else).
     """
     if lanes == 1:
         return replace(config, team=None)
