@@ -29,8 +29,11 @@ def run() -> list[Row]:
         for count, taken in zip(COUNTS, found["experts"], strict=True):
             named = f"{count} expert{'s' * (count > 1)}"
             rows.append(Row.of(f"{what}: {named} over the base alone", [taken / base["base"]], "×", "≤ 1.1"))
-        rows.append(Row.of(f"{what}: switching to an adapter in memory", [1000 * found["switch"]], "ms"))
-        rows.append(Row.of(f"{what}: asking all experts in turn, more for each", [1000 * found["read"]], "ms"))
+        ways = (("switch", "switching to an adapter in memory"), ("read", f"asking {max(COUNTS)} experts in turn, for each"))
+        for key, way in ways:
+            rows.append(
+                Row.of(f"{what}: {way}", [1000 * seconds for seconds in found[key]], "ms", detail="more than asking again")
+            )
     return rows
 
 

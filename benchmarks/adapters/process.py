@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -32,6 +31,8 @@ from lutetia.protocol.schema.model.training_spec import Optimisation
 
 Figures = dict[str, float | list[float]]
 COUNTS = (1, 2, 4, 8)
+SWITCHES = 10
+"""Between two experts in memory, and through all, some of which are read again."""
 NETWORK = ExpertSpec(
     config={
         "patch_size": [1, 2, 2], "num_attention_heads": 12, "attention_head_dim": 64, "in_channels": 4, "out_channels": 4,
@@ -97,16 +98,19 @@ def mixture(folder: Path, precision: torch.dtype) -> Figures:
         loaded.expert(k)(x, t, tokens, None)
         return time.perf_counter() - began
 
+    def more(k: int) -> float:
+        """Seconds that asking another expert takes more than asking it again: one after the other, so that load hits both."""
+        switched = ask(k)
+        return switched - ask(k)
+
     experts = []
     for k in range(max(COUNTS)):
         ask(k)
         if k + 1 in COUNTS:
             experts.append(resident() - before)
-    again = [ask(0) for _ in range(5)]
-    held = [ask(k % 2) for k in range(10)]
-    read = [ask(k % max(COUNTS)) for k in range(1, 11)]
-    same = statistics.median(again)
-    return {"experts": experts, "switch": statistics.median(held) - same, "read": statistics.median(read) - same}
+    ask(0)
+    held = [more(k % 2) for k in range(1, SWITCHES + 1)]
+    return {"experts": experts, "switch": held, "read": [more(k % max(COUNTS)) for k in range(2, SWITCHES + 2)]}
 
 
 def _question(precision: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import numbers, sizes, speed, study, worker
+from benchmarks.gpu import kernels, numbers, sizes, speed, study, worker
 from benchmarks.gpu.packages import wheels
 from benchmarks.gpu.site import Figure, Site, first_line, processes, read_figures
 from benchmarks.report import Machine
 from lutetia.node.trainer.devices import Accelerators, choose_device
 
 LINES, REPORT, TABLE = "gpu.jsonl", "gpu.json", "gpu.md"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+"""Between them a page of results has the table; what a person wrote about it stays."""
 GRACE = 5.0
 
 
@@ -54,6 +56,7 @@ PARTS = (
     Part(worker.audited_worker, 90),
     Part(speed.throughput, 90),
     Part(speed.batches_ahead, 40),
+    Part(kernels.kernels, 120),
     Part(sizes.memory, 90),
     Part(sizes.small_cards, 120),
     Part(sizes.sampling, 100),
@@ -80,6 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=540.0, help="time limit of all parts together (default: 540)")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies the limits of the parts, for slow machines")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the results (default: build/gpu)")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="page of results whose table is replaced, and FILE.json")
     parser.add_argument("--wheels", action="store_true", help="only print the packages that a machine with torch needs besides")
     given = parser.parse_args(arguments)
     if given.wheels:
@@ -89,7 +93,22 @@ def main(arguments: Sequence[str]) -> None:
     if unknown := set(names) - {part.name for part in PARTS}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are: {', '.join(part.name for part in PARTS)}")
     parts = [replace(part, seconds=part.seconds * given.patience) for part in PARTS if not names or part.name in names]
+    if given.page:
+        on_page(given.page, "")  # a page that cannot be written is found before the hour that the parts take
     run(parts, given.device, given.small, given.seconds, given.out)
+    if given.page:
+        given.page.write_text(on_page(given.page, (given.out / TABLE).read_text()))
+        given.page.with_suffix(".json").write_text((given.out / REPORT).read_text())
+
+
+def on_page(page: Path, table: str) -> str:
+    """The text of the page with `table` in the place of its figures. Ends the program where it has no such place."""
+    text = page.read_text() if page.is_file() else ""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{page} has no lines {BEGIN} and {END}; write them where the table belongs")
+    return f"{before}{BEGIN}\n\n{table.strip()}\n\n{END}{after}"
 
 
 def catalogue() -> str:

@@ -68,8 +68,7 @@ def plain_loop(spec: ExpertSpec, latent: LatentSpec, data: ShardData, device: st
 
 def throughput(site: Site) -> None:
     """Samples per second of both, rounds in turns; peak memory of each alone."""
-    sizes = _sizes(site)
-    for name, (spec, latent, batch, steps, rounds) in sizes.items():
+    for name, (spec, latent, batch, steps, rounds) in sizes(site).items():
         precision, _ = choose_precision(site.device, "auto", Accelerators.seen())
         data = clips_of(latent, max(batch, 8))
         manifest = manifest_of(spec, latent, clips=len(data), batch=batch, steps=1000)
@@ -137,7 +136,7 @@ def _in_turns(site: Site, name: str, ours: Step, plain: Step, batch: int, steps:
 
 def batches_ahead(site: Site) -> None:
     """Whether the thread that draws noise keeps up: the trainer's step against one whose batch is always there."""
-    spec, latent, batch, steps, _ = next(iter(_sizes(site).values()))
+    spec, latent, batch, steps, _ = next(iter(sizes(site).values()))
     data = clips_of(latent, max(batch, 8))
     manifest = manifest_of(spec, latent, clips=len(data), batch=batch, steps=1000)
     trainer = ExpertTrainer(manifest, 0, data, device=site.device)
@@ -157,7 +156,7 @@ def batches_ahead(site: Site) -> None:
     site.put("steps with new batches ÷ steps with one kept batch", round(drawn / rate(), 3), "×", "1: drawing costs nothing")
 
 
-def _sizes(site: Site) -> dict[str, tuple[ExpertSpec, LatentSpec, int, int, int]]:
+def sizes(site: Site) -> dict[str, tuple[ExpertSpec, LatentSpec, int, int, int]]:
     """Name of a size: expert, latent, batch, steps of a round, rounds."""
     if site.small:
         latent = wan_latent(3, 8, 8, 8, 64)

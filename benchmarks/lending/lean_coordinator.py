@@ -104,6 +104,8 @@ def measure(run: CreatedRun, root: Path) -> tuple[float, set[str], float]:
         coordinator = stack.enter_context(command("coordinator", "serve", str(run.folder), *options))
         while not (run.folder / "status.json").exists() and coordinator.poll() is None:
             time.sleep(0.2)  # the file is made by another process, and nothing else tells of it
+        if coordinator.poll() is not None:
+            raise SystemExit(f"the coordinator ended with exit code {coordinator.poll()} before it served; see its log above")
         for folder in node_folders(root):
             options = ("--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu", "--threads", "1")
             stack.enter_context(command("join", run.ticket, *options))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.main import PARTS, REPORT, TABLE, Part, main, run
+from benchmarks.gpu.main import BEGIN, END, PARTS, REPORT, TABLE, Part, main, on_page, run
 from benchmarks.gpu.packages import wheels
 from benchmarks.gpu.site import Site
 from benchmarks.gpu.study import flops_to_reach
@@ -23,6 +23,7 @@ FIGURES = {
     "audited-worker": "audit of epoch 2 on the CPU",
     "throughput": "toy: trainer ÷ plain loop",
     "batches-ahead": "steps with new batches ÷ steps with one kept batch",
+    "kernels": "toy: chosen",
     "memory": "toy, checkpointing: step",
     "small-cards": "this device, no limit: training",
     "sampling": "peak ÷ one expert",
@@ -45,6 +46,17 @@ def test_every_part_gives_figures_on_a_cpu(tmp_path: Path) -> None:
     assert found["tolerances", FIGURES["tolerances"]] < 0.01
     table = (tmp_path / TABLE).read_text()
     assert all(f"| {part} | {what} |" in table for part, what in FIGURES.items())
+
+
+def test_table_takes_its_place_on_a_page_of_results(tmp_path: Path) -> None:
+    page = tmp_path / "speed.md"
+    page.write_text(f"# Speed\n\n{BEGIN}\n\nold\n\n{END}\n\nRead with care.\n")
+    assert on_page(page, "| new |\n") == f"# Speed\n\n{BEGIN}\n\n| new |\n\n{END}\n\nRead with care.\n"
+    results = Path(__file__).resolve().parents[2] / "docs" / "results" / "speed-on-a-cpu.md"
+    assert "| throughput |" not in on_page(results, ""), "its table is between the marks"
+    page.write_text("# Speed\n")
+    with pytest.raises(SystemExit, match="write them where the table belongs"):
+        main(["--page", str(page), "--only", "device"])
 
 
 def test_page_lists_the_parts_in_their_order_with_their_limits() -> None:

@@ -138,7 +138,7 @@ def _refused(trial: KernelTrial, plain: KernelTrial, precision: Precision, steps
         return f"its losses are {apart:.1e} from the plain way's, at most {LOSSES_APART[precision]:.1e} is allowed"
     saved = plain.step_seconds - trial.step_seconds
     if saved < LEAST_GAIN * plain.step_seconds:
-        return f"{trial.step_seconds:.3g} s, less than {LEAST_GAIN:.0%} faster"
+        return f"{trial.step_seconds:.3g} s" + (f", less than {LEAST_GAIN:.0%} faster" if saved > 0 else "")
     cost = shapes * (trial.first_seconds - plain.first_seconds)
     if trial.kernels.compiled and cost > steps * saved:
         return f"{trial.step_seconds:.3g} s, but compiling takes {cost:.0f} s and saves {steps * saved:.0f} s in an epoch"

@@ -70,12 +70,16 @@ def kernels_for(choice: KernelChoice, order: KernelOrder, manifest: Manifest, un
         return KernelFinding(PLAIN_KERNELS, "kernels: plain, so that replays on a CPU give the same bits")
     until = min(until, time.monotonic() + KERNEL_SECONDS)
     steps, shapes = manifest.steps_per_epoch, shapes_of(manifest, order.micro_batch)
-    packages = [name for name in _OUTSIDE if importlib.util.find_spec(name)]
-    found = measure(order, (PLAIN_KERNELS, *attention_kernels(order.device, packages)), until)
+    found = measure(order, (PLAIN_KERNELS, *attention_kernels(order.device, installed())), until)
     best = choose_kernels(found, order.precision, steps, shapes).kernels
     if found[0].problem == "":
         found += measure(order, compiled_kernels(order.device, best), until)
     return choose_kernels(found, order.precision, steps, shapes)
+
+
+def installed() -> list[str]:
+    """The packages with attention kernels that are here."""
+    return [name for name in _OUTSIDE if importlib.util.find_spec(name)]
 
 
 def shapes_of(manifest: Manifest, micro_batch: int) -> int:
