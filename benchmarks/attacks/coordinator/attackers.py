@@ -1,7 +1,8 @@
 """The attackers of `benchmarks coordinator-attacks`, each in a process of its own, at a low priority.
 
 `python -m benchmarks.attacks.coordinator.attackers NAME`. The first line of standard input is a JSON object: the run's ticket and
-manifest, and the port of its pages. Each later line is the next epoch of shard 0 and its parent, `{"epoch": 2, "parent": "…"}`.
+manifest, the port of its pages, and how low the attackers' priority is. Each later line is the next epoch of shard 0 and its
+parent, `{"epoch": 2, "parent": "…"}`.
 An attacker prints a line once it is in full swing, and until SIGTERM what it has done so far.
 """
 
@@ -43,8 +44,6 @@ from lutetia.system.process import give_way
 from tests.attacks.hivemind_swarm import anything, claim
 
 SLOW_SOCKETS, PAGE_READERS, STREAM_READERS, IDLE_CONNECTIONS, LYING_KEYS, HAMMERS = 1000, 16, 64, 700, 8, 4
-NICENESS = 10
-"""Attackers of a real coordinator have processors of their own: here they get what it leaves over."""
 PAGES = ("/", "/status.json", "/metrics", "/api/v1/openapi.json", "/api/v1/shards", "/api/v1/events?after=0&limit=1000")
 
 
@@ -55,6 +54,7 @@ class Target:
         self.ticket = Ticket.decode(given["ticket"])
         self.manifest = SignedManifest.model_validate_json(given["manifest"]).manifest
         self.http: int = given["http"]
+        self.nice: int = given["nice"]
         self.epoch, self.parent = 1, None
         self.done: Counter[str] = Counter()
         self._shown = 0.0
@@ -187,15 +187,15 @@ async def _peer(stack: AsyncExitStack, target: Target, name: str, host: str) -> 
         state_folder=folder,
     )  # fmt: skip
     stack.push_async_callback(peer.close)
-    _give_way_below()
+    _give_way_below(target.nice)
     return peer
 
 
-def _give_way_below() -> None:
+def _give_way_below(niceness: int) -> None:
     """Lower the priority of p2pd, which leads a session of its own."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(OSError):
-            Path(f"/proc/{child.pid}/autogroup").write_text(str(NICENESS))
+            Path(f"/proc/{child.pid}/autogroup").write_text(str(niceness))
 
 
 async def silent_results(target: Target) -> None:
@@ -280,8 +280,8 @@ ATTACKERS: dict[str, Callable[[Target], Awaitable[None]]] = {
 
 
 def main() -> None:
-    give_way(NICENESS)
     target = Target(json.loads(sys.stdin.readline()))
+    give_way(target.nice)
     threading.Thread(target=target.follow, daemon=True).start()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))

@@ -1,10 +1,12 @@
-"""`python -m benchmarks coordinator-attacks [--epochs N] [--only WORDS]`: what whole rounds of attack cost a real coordinator.
+"""`python -m benchmarks coordinator-attacks [--epochs N] [--only WORDS] [--attackers-nice N]`: what whole rounds of attack cost.
 
 A coordinator in a process of its own, on loopback. In each round an honest node at 127.0.0.1 hands in epochs of one shard while
 one attack goes on, after half as many epochs without it, to which the round is compared: other work on the machine then counts
 on both sides. Measured are the coordinator's memory, open files and processor time, p2pd and its workers included, and the time
-from an honest offer to its acceptance, as the node sees it and by the coordinator's own ledger. Attackers have a low
-priority, because real ones have processors of their own. Bounds that a round must not exceed are in `BOUNDS`.
+from an honest offer to its acceptance, as the node sees it and by the coordinator's own ledger. Real attackers have processors
+of their own; these have the coordinator's. At niceness 10 they take a good part of them, so that the wait shows what they make
+the coordinator do and what they take from it; at 19 they get little but what is left over, and the wait shows the first alone.
+Bounds that a round must not exceed are in `BOUNDS`.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Cost:
     """What a round cost the coordinator at most, and how long honest results waited, in seconds.
 
     `own` are the ledger's times from the arrival of an honest record to its acceptance, `checks` those of each of its checks.
-    `busy` and `working`: processor time of the coordinator with its p2pd, and of its workers, over the round.
+    `busy`, `working` and `serving`: processor time over the round, of the coordinator with its p2pd, of its workers, and of its
+    HTTP process.
     """
 
     memory: float = 0.0
@@ -72,6 +75,7 @@ class Cost:
     checks: list[dict[str, float]] = field(default_factory=list)
     busy: float = 0.0
     working: float = 0.0
+    serving: float = 0.0
 
 
 @dataclass
@@ -81,6 +85,8 @@ class Scene:
     ticket: Ticket
     http: int
     honest: ScriptedNode
+    nice: int
+    """Niceness of the attackers."""
     accepted: int = 0
     """Epochs of the shard that are accepted."""
 
@@ -104,7 +110,7 @@ class Attacker:
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, start_new_session=True)
         attacker = cls(process)
         manifest = scene.honest.signed.to_bytes().decode()
-        attacker.tell({"ticket": scene.ticket.encode(), "manifest": manifest, "http": scene.http})
+        attacker.tell({"ticket": scene.ticket.encode(), "manifest": manifest, "http": scene.http, "nice": scene.nice})
         attacker.tell(scene.next_epoch())
         assert process.stdout
         attacker.said = json.loads(await process.stdout.readline())
@@ -153,23 +159,26 @@ async def sample(coordinator: Coordinator, cost: Cost) -> None:
                 if member.name() == "p2pd":
                     cost.p2pd_files = max(cost.p2pd_files, files[-1])
         cost.memory, cost.files = max(cost.memory, memory / (1 << 20)), max(cost.files, *files)
-        now = _processor_seconds(coordinator)
-        cost.busy, cost.working = (max(0.0, after - first) for first, after in zip(before, now, strict=True))
+        spent = (max(0.0, after - first) for first, after in zip(before, _processor_seconds(coordinator), strict=True))
+        cost.busy, cost.working, cost.serving = spent
         cost.processors = cost.busy / max(1e-3, time.monotonic() - began)
         await asyncio.sleep(0.5)
 
 
-def _processor_seconds(coordinator: Coordinator) -> tuple[float, float]:
-    """Seconds of processor time of the coordinator itself with its p2pd, and of its workers."""
-    own = workers = 0.0
+def _processor_seconds(coordinator: Coordinator) -> tuple[float, float, float]:
+    """Seconds of processor time of the coordinator itself with its p2pd, of its workers, and of its HTTP process."""
+    own = workers = pages = 0.0
     for member in coordinator.family():
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = member.cpu_times()
-            if member.name() == "p2pd" or "worker" not in (line := " ".join(member.cmdline())) and "template" not in line:
-                own += times.user + times.system
+            times, line = member.cpu_times(), " ".join(member.cmdline())
+            spent = times.user + times.system
+            if "lutetia.coordinator.web" in line:
+                pages += spent
+            elif member.name() == "p2pd" or ("worker" not in line and "template" not in line):
+                own += spent
             else:
-                workers += times.user + times.system
-    return own, workers
+                workers += spent
+    return own, workers, pages
 
 
 def own_times(folder: Path, records: Collection[str]) -> tuple[list[float], list[dict[str, float]]]:
@@ -222,7 +231,7 @@ async def _offered(honest: ScriptedNode, record: CheckpointRecord) -> str:
         return "unreachable"
 
 
-async def study(epochs: int, only: str) -> None:
+async def study(epochs: int, only: str, nice: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         wanted = {title: names for title, names in ATTACKS.items() if only in title}
@@ -233,7 +242,7 @@ async def study(epochs: int, only: str) -> None:
         try:
             await up(coordinator)
             async with joined("honest", Ticket.decode(run.ticket), root) as honest:
-                scene = Scene(Ticket.decode(run.ticket), http, honest)
+                scene = Scene(Ticket.decode(run.ticket), http, honest, nice)
                 await one_round(coordinator, scene, (), epochs)  # workers start and imports are read
                 for title, attackers in wanted.items():
                     usual, _ = await one_round(coordinator, scene, (), -(-epochs // 2))
@@ -254,7 +263,7 @@ def _show(title: str, cost: Cost, usual: Cost, seen: dict[str, int]) -> None:
     )
     per_epoch = (
         f"{taken / len(cost.waits):.2f}, {before / len(usual.waits):.2f}"
-        for taken, before in ((cost.busy, usual.busy), (cost.working, usual.working))
+        for taken, before in ((cost.busy, usual.busy), (cost.working, usual.working), (cost.serving, usual.serving))
     )
     within = {
         "memory, times usual": cost.memory / usual.memory, "files": float(max(cost.files, cost.p2pd_files)),
@@ -273,14 +282,16 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks coordinator-attacks", description=__doc__)
     parser.add_argument("--epochs", type=int, default=20, help="honest epochs in each round (default 20)")
     parser.add_argument("--only", default="", metavar="WORDS", help="only the attacks whose names hold these words")
+    parser.add_argument("--attackers-nice", type=int, default=10, metavar="N", help="their niceness, 0 to 19 (default 10)")
     arguments = parser.parse_args(argv)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192), most))
-    print(f"{Machine.this()}\n\nBounds: {', '.join(f'{name} {value:g}' for name, value in BOUNDS.items())}.\n")
+    print(f"{Machine.this()}, attackers at niceness {arguments.attackers_nice}\n")
+    print(f"Bounds: {', '.join(f'{name} {value:g}' for name, value in BOUNDS.items())}.\n")
     columns = (
         "attack", "memory, MiB", "files", "of p2pd", "processors", "acceptance, s: median, longest", "before the attack", "÷",
         "by the ledger: now, before", "of it each check: now, before", "processor s an epoch, coordinator and p2pd: now, before",
-        "workers: now, before", "over its bounds", "what came",
+        "workers: now, before", "HTTP process: now, before", "over its bounds", "what came",
     )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-    asyncio.run(study(arguments.epochs, arguments.only))
+    asyncio.run(study(arguments.epochs, arguments.only, arguments.attackers_nice))
