@@ -96,6 +96,34 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert not [target for target in targets if not target.exists() and not target.is_relative_to(generated)]
 
 
+_CITATION = re.compile(
+    r"`tests/[\w/]+\.py`|\.\./results/[\w-]+\.md|\baudits\.md#|\bnot measured\b|^nothing, in the tests beside it$"
+)
+
+
+def attack_rows() -> list[list[str]]:
+    """The cells of each row of the threat model's tables: attack, defence, test, left over."""
+    text = (DOCS / "explanation" / "threat-model.md").read_text()
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("| ")]
+    return [cells for cells in rows if cells[0] != "attack"]
+
+
+def test_what_the_threat_model_leaves_over_cites_a_measurement_or_says_that_there_is_none() -> None:
+    rows = attack_rows()
+    assert len(rows) > 80
+    assert not [cells[0] for cells in rows if len(cells) != 4 or not _CITATION.search(cells[3])]
+
+
+def test_links_of_the_threat_model_lead_to_headings() -> None:
+    text = (DOCS / "explanation" / "threat-model.md").read_text()
+    links = re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text)
+    assert len(links) > 10
+    for name, anchor in links:
+        page = DOCS / "explanation" / (name or "threat-model.md")
+        heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\s-]", "", head.lower()).strip().replace(" ", "-") for head in heads}, (name, anchor)
+
+
 def test_each_architecture_question_names_at_most_three_files() -> None:
     rows = re.findall(r"^\| ([^|]+\?) \| (.+) \|$", section("architecture.md", "Thirteen questions"), re.MULTILINE)
     assert len(rows) == 13
