@@ -15,7 +15,7 @@ from lutetia.protocol.blobs.download import Provider, fetch_blob, serve_blobs
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.transport.base import Stream
-from lutetia.protocol.transport.inbound_limits import HandlerTasks
+from lutetia.protocol.transport.inbound_limits import HandlerTasks, StreamPace
 from lutetia.protocol.transport.network_origin import PREFIX_FACTOR, origin_of, prefix_of
 from tests.attacks.hivemind_swarm import manifest_of_now, network
 from tests.coordinator.acceptance import judge_driver
@@ -131,6 +131,40 @@ def test_places_are_kept_for_authors_of_accepted_results() -> None:
     banned = {author.public_key: caught}
     quarantined = replace(driver.state.run, quarantined=banned)
     assert not quarantined.has_accepted_work(author.public_key)
+
+
+def test_streams_of_one_origin_are_answered_at_a_pace_and_those_of_others_at_once() -> None:
+    pace, now = StreamPace(at_once=128, per_second=32.0), 1000.0
+    waits = [pace.delay("8.8.8.8", now) for _ in range(400)]
+    assert waits[:128] == [0.0] * 128
+    assert waits[128:288] == pytest.approx([(number + 1) / 32 for number in range(160)])
+    assert waits[288:] == [None] * 112, "whoever would wait for longer than five seconds is refused, and not counted"
+    assert pace.delay("1.1.1.1", now) == 0.0
+    assert pace.delay("8.8.8.8", now + 4.5) == pytest.approx(0.5 + 1 / 32)
+    crowd = [pace.delay(f"9.9.9.{number}", now) for number in range(200) for _ in range(4)]
+    assert crowd.count(0.0) == PREFIX_FACTOR * 128, "a prefix has four times as much as an address"
+
+
+async def test_streams_beyond_the_pace_of_their_origin_wait_unless_accepted_work_speaks_for_them() -> None:
+    loop, began = asyncio.get_running_loop(), dict[str, float]()
+
+    async def note(stream: Stream) -> None:
+        began[stream.peer_id] = loop.time()
+
+    async def after(pace: StreamPace, names: tuple[str, ...]) -> HandlerTasks:
+        tasks = HandlerTasks(pace=pace)
+        tasks.known = lambda peer_id: peer_id == "old hand"
+        assert all(tasks.start("/x/1", note, Waiting(name, "8.8.8.8")) for name in names)
+        await asyncio.sleep(0)
+        return tasks
+
+    slow = await after(StreamPace(at_once=1, per_second=0.25), ("first", "second", "old hand"))
+    assert set(began) == {"first", "old hand"}
+    await slow.close()
+    start = loop.time()
+    await after(StreamPace(at_once=1, per_second=20.0), ("one", "two"))
+    await asyncio.wait([one for one in asyncio.all_tasks() if one is not asyncio.current_task()])
+    assert began["two"] - start >= 0.049, "it came at once and was answered after its time"
 
 
 async def test_one_peer_gets_a_quarter_of_the_places() -> None:
