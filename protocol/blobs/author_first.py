@@ -13,6 +13,9 @@ from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.transport.base import Transport
 from lutetia.system.errors import IntegrityError, UnreachableError
 
+LOOK_AFTER = 1.0
+"""Seconds that the author has alone."""
+
 
 async def fetch_author_first(
     transport: Transport,
@@ -24,7 +27,8 @@ async def fetch_author_first(
 ) -> Path:
     """Fetch `ref` into `store` from `author`, and from what `others` finds where that is not done by then.
 
-    A look-up in the DHT can take seconds, and made-up neighbours make it take more. An author that sends needs none.
+    A look-up in the DHT can take seconds and costs messages to many peers, and made-up neighbours make it take more. So it begins
+    only when the author has failed, or has not sent everything within LOOK_AFTER seconds.
 
     Args:
         transport: How to reach the providers.
@@ -37,7 +41,12 @@ async def fetch_author_first(
     Raises as `fetch_blob`, and what `others` raises where the author does not serve it.
     """
     fetching = asyncio.ensure_future(fetch_blob(transport, store, ref, [author], on_progress))
-    looking = asyncio.ensure_future(others())
+
+    async def look() -> Sequence[Provider]:
+        await asyncio.wait((fetching,), timeout=LOOK_AFTER)
+        return () if fetching.done() and not fetching.cancelled() and fetching.exception() is None else await others()
+
+    looking = asyncio.ensure_future(look())
     try:
         await asyncio.wait((fetching, looking), return_when=asyncio.FIRST_COMPLETED)
         found = () if fetching.done() or looking.exception() else looking.result()

@@ -128,14 +128,15 @@ def test_fetch_that_makes_progress_goes_on(tmp_path: Path):
 
 
 @pytest.mark.parametrize("author_serves", [True, False])
-def test_fetch_from_the_author_waits_for_no_look_up(tmp_path: Path, author_serves: bool, monkeypatch: pytest.MonkeyPatch):
+def test_fetch_from_an_author_that_sends_needs_no_look_up(tmp_path: Path, author_serves: bool, monkeypatch: pytest.MonkeyPatch):
     """Each look-up of providers takes 8 s, as in a DHT whose neighbours are made up; before, three of them took 24 s."""
 
     async def scenario(check_runner: NetworkCheckRunner, author: MemoryTransport) -> None:
         coordinator = cast(MemoryTransport, check_runner.transport)
-        get = coordinator.get
+        get, asked = coordinator.get, list[str]()
 
         async def slow(key: str) -> dict[str, StoredValue]:
+            asked.append(key)
             await asyncio.sleep(8)
             return await get(key)
 
@@ -152,6 +153,7 @@ def test_fetch_from_the_author_waits_for_no_look_up(tmp_path: Path, author_serve
         await check_runner.fetch(record)
         assert all(check_runner.incoming.has(ref.digest) for ref in refs)
         assert author.now() - began < 2.0 if author_serves else author.now() - began > 24.0
+        assert len(asked) == (0 if author_serves else 3), "an author that sends needs no look-up"
 
     at_a_coordinator(tmp_path, scenario)
 
