@@ -34,7 +34,7 @@ from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.capabilities import COMPACT
 from lutetia.protocol.schema.identity import Identity
-from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.protocol.schema.manifest import AuditPolicy, Manifest, ShardSpec
 from lutetia.protocol.schema.model.adapter import AdapterSpec, BaseSpec
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
@@ -158,12 +158,16 @@ class Lab:
     Args:
         check_seconds: what scoring one result may take; 0: the fewest rows.
         clock: seconds, by which that is measured.
+        audit: which results the run's coordinator audits.
+        tolerance: by what share the held-out loss may exceed the parent's.
     """
 
     folder: Path
     setting: Honest
     check_seconds: float = CHECK_SECONDS
     clock: Callable[[], float] = time.monotonic
+    audit: AuditPolicy = AuditPolicy()
+    tolerance: float = 0.02
     manifest: Manifest = field(init=False)
     train: ShardData = field(init=False)
     holdout: ShardData = field(init=False)
@@ -191,6 +195,7 @@ class Lab:
                 optimizer="muon" if self.setting.muon else "adamw",
             ),
             checkpoints="compact" if self.setting.compact else "float32", needs=(COMPACT,) if self.setting.compact else (),
+            audit=self.audit, holdout_tolerance=self.tolerance,
         )  # fmt: skip
         self.worker = WorkerProcess(self.manifest, cast(ParentChannel, _Quiet()), clock=self.clock, base=self.base)
         direct = cast(WorkerClient, _Direct(self.worker))

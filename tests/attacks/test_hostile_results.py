@@ -10,16 +10,25 @@ tests/coordinator/test_cheater.py.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.attacks.lab import SHORT, STEPS, Honest, Lab
+from benchmarks.attacks.lab import SHORT, STEPS, Honest, Lab, Result
 from benchmarks.attacks.lies import EXCUSES, LIES, OF_ADAPTERS, Scene
 from benchmarks.attacks.main import truths
+from lutetia.coordinator.acceptance.checks import SizeLimits, Verdict, run_checks
+from lutetia.coordinator.acceptance.messages import Audited, CheckDone, JudgeTick, Proved, StartAudit, StartCheck, StartProof
+from lutetia.coordinator.acceptance.transition import JudgeRules, JudgeState
+from lutetia.coordinator.ledger.reducer import apply
+from lutetia.coordinator.ledger.run_state import RunState, ShardLedger
 from lutetia.models.training.holdout_loss import holdout_loss
+from lutetia.protocol.schema.identity import Identity
+from lutetia.protocol.schema.manifest import AuditPolicy
+from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, first_event
 
 SEED = 1
 STOPPED = {
@@ -40,6 +49,8 @@ STOPPED_ADAPTERS = {
     "negative second moments": "numbers",
     "A times 64, B by 64": "numbers",
 }
+UPHILL_SEED = 0
+"""A run in which the checks refuse the honest epoch after crafted moments, as in 7 of 20 with Muon at the usual tolerance."""
 OWN, *_, WIDEST = EXCUSES.items()
 BY_FIRST_STEPS = ("parent republished", "parent plus dust", "forward passes only", "fabricated trace", "other data")
 BY_WHOLE_EPOCH = (
@@ -149,3 +160,89 @@ async def test_an_honest_result_of_any_device_passes(setting: Honest, tmp_path: 
             found = lab.audited(result, parent, said)
             assert (found.begun_short, found.whole.outcome) == ("valid", "valid"), (found.first.text, found.whole.text)
         parent = result
+
+
+@dataclass
+class Court:
+    """A real judge over a lab: what it wants checked or replayed is checked and replayed for real, and at once."""
+
+    lab: Lab
+    driver: JudgeDriver
+    results: dict[str, tuple[Result, Result | None]] = field(default_factory=dict)
+    """By digest of the record: the result, and the one before it."""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lab: Lab) -> Court:
+        created = first_event(lab.manifest)
+        rules = JudgeRules(lab.manifest, lab.manifest.coordinators[0], b"secret", newcomer_epochs=1)
+        largest = SizeLimits(1 << 30, 1 << 30, 1 << 30)
+        return cls(lab, JudgeDriver(lab.manifest, rules, JudgeState(apply(RunState(), created), limits={0: largest})))
+
+    @property
+    def shard(self) -> ShardLedger:
+        return self.driver.state.run.shards[0]
+
+    async def offer(self, result: Result, parent: Result | None, who: Identity) -> str:
+        """The digest of the result's record, once the judge has no more to do for it."""
+        changes = {"owner": who.public_key, "peer_id": who.peer_id, "parent": self.shard.accepted}
+        record = self.lab.record(result).model_copy(update=changes)
+        self.results[record.digest] = result, parent
+        assert self.driver.offer(record).verdict == "queued"
+        await self.settle()
+        return record.digest
+
+    async def later(self, seconds: float) -> None:
+        self.driver.now += seconds
+        self.driver.send(JudgeTick(self.driver.now))
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Carry out what the judge asks for until it asks for nothing more."""
+        while self.driver.actions:
+            action, self.driver.actions = self.driver.actions[0], self.driver.actions[1:]
+            now = self.driver.now
+            match action:
+                case StartCheck(record, parent):
+                    verdict = await run_checks(record, parent, self.lab.manifest, self.lab.check_runner, time.monotonic)
+                    self.verdicts[record.digest] = verdict
+                    self.driver.send(CheckDone(record, verdict, now))
+                case StartAudit(audit, link, _):
+                    found = self.lab.audited(*self.results[link.acceptance.checkpoint])
+                    finding = found.whole if audit.whole or found.first.closer else found.first
+                    self.driver.send(Audited(audit.checkpoint, finding, now, whole=audit.whole or found.first.closer))
+                case StartProof(record, _):
+                    self.driver.send(Proved(record, self.lab.audited(*self.results[record.digest]).whole, now))
+                case _:
+                    pass
+
+
+async def test_moments_uphill_stop_a_shard_only_until_the_refusals_have_it_replayed(tmp_path: Path) -> None:
+    """Real training, checks and replays under the real judge. The liar has a proved epoch, so nothing else replays its lie."""
+    setting = Honest(seed=UPHILL_SEED, muon=True, clips=(8, 32)[UPHILL_SEED % 2], noise=(0.05, 0.1, 0.3)[UPHILL_SEED % 3])
+    policy = AuditPolicy(replay_steps=SHORT, whole_epoch=0.0)  # besides newcomers nobody is replayed whole
+    lab = Lab(tmp_path, setting, audit=policy, tolerance=0.005)  # the next epoch's loss is 2.3 % worse than its parent's
+    liar, ann, ben = PEERS[:3]
+    court = Court.of(lab)
+    first, before = lab.honest(None)
+    _, after = lab.honest(first)
+    await court.offer(first, None, liar)
+    assert court.driver.state.run.peer(liar.public_key).proved == 1, "its first epoch was replayed whole"
+    lie = lab.publish(LIES["moments uphill"](Scene(lab, before, first, after, torch.Generator().manual_seed(3), UPHILL_SEED)))
+    assert await court.offer(lie, first, liar) == court.shard.accepted, "its checks and the replay of its first steps see nothing"
+
+    for who, micro_batch in ((ann, 4), (ben, 2)):
+        if court.shard.epoch == 2:
+            honest, _ = lab.honest(lie, replace(setting, micro_batch=micro_batch))
+            refused = await court.offer(honest, lie, who)
+            assert (court.verdicts[refused].outcome, court.verdicts[refused].check) == ("invalid", "holdout")
+    assert court.shard.epoch == 1, "the refusals had the lie replayed whole, and the shard went back"
+    assert liar.public_key in court.driver.state.run.quarantined
+
+    again, _ = lab.honest(first, replace(setting, micro_batch=2))
+    wanted = await court.offer(again, first, ann)
+    await court.later(2 * lab.manifest.timing.tenure)
+    assert court.shard.accepted == wanted
+    following, _ = lab.honest(again)
+    assert await court.offer(following, again, ann) == court.shard.accepted
+    assert court.shard.epoch == 3
