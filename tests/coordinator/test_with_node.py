@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lutetia.coordinator.admin.create import CreatedRun
+from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.holdouts import Holdouts
 from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import TINY, AdaptedExpert, AdapterSettings, tiny_expert
+from lutetia.models.data.parts.reader import open_shard
 from lutetia.models.experts.families import build_expert
 from lutetia.models.mixing.description import verify_mixture
 from lutetia.models.training.holdout_loss import holdout_loss
@@ -23,9 +24,11 @@ from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import AuditPolicy
 from tests.child_environment import child_environment
-from tests.coordinator.scripted_node import Coordinator, until
+from tests.coordinator.scripted_node import Coordinator, free_port, until
 from tests.coordinator.test_serve import make_run, up
-from tests.coordinator.tiny_data import clips, latent_spec
+from tests.coordinator.tiny_data import latent_spec
+from tests.pipelines.made_pipeline import apart, draw_mixture, draw_stock, stitched
+from tests.pipelines.tiny_clips import build, run_settings, write_clips
 
 SAMPLED = TINY["sampling"]
 
@@ -94,10 +97,11 @@ async def test_a_node_and_a_coordinator_finish_a_run(tmp_path: Path):
 
 
 @pytest.mark.timeout(900)
-async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path: Path):
-    given = build_expert(tiny_expert(latent_spec()), 7)
-    given.save_pretrained(tmp_path / "given")  # pyright: ignore[reportCallIssue]
-    run = make_run(tmp_path, shards=1, warm_start=str(tmp_path / "given"), audit=AuditPolicy(whole_epoch=1.0))
+async def test_run_from_a_pipeline_is_checked_audited_and_stitched(tmp_path: Path):
+    """Its experts start from the pipeline's weights and learn to continue pictures, as that pipeline does."""
+    build("ltx-i2v", write_clips(tmp_path / "clips"), tmp_path)
+    short = {"addresses": (f"127.0.0.1:{free_port()}",), "samples_per_shard": 8, "audit": AuditPolicy(whole_epoch=1.0)}
+    run = create_run(tmp_path / "data", tmp_path / "run", run_settings("ltx-i2v", preset="tiny", **short))
     coordinator, _ = await run_to_its_end(run, tmp_path / "node")
     assert coordinator.status().accepted == 2
     history, events = "\n".join(tell(run.folder)), list(read_events(run.folder))
@@ -107,9 +111,14 @@ async def test_warm_started_run_is_checked_and_audited_from_its_weights(tmp_path
     assert init is not None
     secret = Identity.load(RunFolder(run.folder).coordinator_key).secret_for("held-out draws")
     draw = Holdouts(BlobStore(run.folder / "holdouts"), secret).draw(first.acceptance.checkpoint)
+    holdout = open_shard(tmp_path / "data" / "shards" / "000.holdout.safetensors", run.manifest.latent)
     before = [
-        holdout_loss(run.manifest, 0, weights, clips(0, 4, len("holdout")), draw=draw).loss
+        holdout_loss(run.manifest, 0, weights, holdout, draw=draw).loss
         for weights in (BlobStore(run.folder / "blobs").path(init.digest), None)
     ]
-    assert first.parent_loss == pytest.approx(before[0], rel=1e-5), "compared with the given weights"
+    assert first.parent_loss == pytest.approx(before[0], rel=1e-5), "compared with the pipeline's weights"
     assert abs(before[0] - before[1]) > 1e-3, "which are others than the seeded ones"
+    made = stitched("ltx-i2v", tmp_path, run.manifest, run.folder / "mixture")
+    theirs = draw_stock(made)
+    assert apart(draw_mixture(made), theirs) < 1e-5
+    assert apart(draw_stock(made, made.mixture.transformer), theirs) < 1e-5

@@ -8,17 +8,19 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.models.data.parts.reader import load_shard
+from lutetia.models.pipeline import load_pipeline
 from lutetia.models.training.replay import ReplayEnd, ReplayParent, replay
 from lutetia.models.training.trainer import ExpertTrainer, write_state, write_weights
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.schema.manifest import Manifest
 from tests.pipelines.tiny_clips import FPS, STEPS
-from tests.pipelines.tiny_pipelines import PROMPTS
+from tests.pipelines.tiny_pipelines import PROMPTS, pipeline_folder
 
 GUIDANCE = 3.0
 PICTURE = Image.effect_mandelbrot((96, 80), (-3, -2.5, 2, 2.5), 100).convert("RGB")
@@ -34,6 +36,18 @@ class Made:
     stock: Any
     mixture: Any
     noise: Tensor
+
+
+def stitched(name: str, folder: Path, manifest: Manifest, mixture: Path) -> Made:
+    """The stock pipeline with the trained transformer, and the mixture, loaded, with noise for both."""
+    stock: Any = DiffusionPipeline.from_pretrained(pipeline_folder(name))
+    stock.set_progress_bar_config(disable=True)
+    stock.transformer = type(stock.transformer).from_pretrained(mixture / "expert_000")
+    generator = torch.Generator().manual_seed(5)
+    if name == "ltx-i2v":  # its pipeline draws the picture's latents first, and takes no latents beside a picture
+        torch.randn(1, *stock.vae.encode(torch.zeros(1, 3, 1, 32, 32)).latent_dist.mean.shape[1:], generator=generator)
+    noise = torch.randn(2, *manifest.latent.shape, generator=generator)
+    return Made(name, folder, manifest, stock, load_pipeline(mixture), noise)
 
 
 def train(manifest: Manifest, folder: Path) -> None:

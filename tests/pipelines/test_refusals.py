@@ -21,7 +21,7 @@ from lutetia.models.data.parts.reader import load_shard
 from lutetia.models.data.parts.writer import write_shard
 from lutetia.models.data.shards import ShardData
 from lutetia.models.networks.model_ref import parse_ref
-from lutetia.models.sources.conventions import CONVENTIONS
+from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS
 from lutetia.models.sources.data_settings import with_pipeline as data_settings
 from lutetia.models.sources.pipeline import open_pipeline
 from lutetia.models.warm_start import find_sources
@@ -115,6 +115,14 @@ def test_pipelines_for_other_tasks_are_refused(name: str, says: str, tmp_path: P
     ):
         with pytest.raises(ConfigError, match=says):
             refuse()
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_TASKS))
+def test_pipeline_classes_that_people_may_try_are_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    folder = altered(tmp_path / "pipeline")
+    edit(folder / "model_index.json", _class_name=name)
+    with pytest.raises(ConfigError, match=f"is a {name}, which is not supported: {OTHER_TASKS[name]}"):
+        build_data(tmp_path / "no clips", tmp_path / "out", build_settings("wan21", tmp_path, pipeline=str(folder)))
 
 
 def test_warm_start_from_two_transformers_is_refused() -> None:
