@@ -31,7 +31,10 @@ def kernels(site: Site) -> None:
         if not site.small:  # a compiler takes minutes on a CPU
             found += measure(order, compiled_kernels(site.device, choose_kernels(found, *facts).kernels), until)
         for trial in found:
+            what = f"{name}: step, {trial.kernels.word}"
             detail = f"first step {trial.first_seconds:.3g} s, {precision}, batch {batch}"
-            shown = (trial.problem,) if trial.problem else (trial.step_seconds, "s", detail)
-            site.put(f"{name}: step, {trial.kernels.word}", *shown)
+            if trial.problem:
+                site.put(what, trial.problem)
+            else:
+                site.put(what, trial.step_seconds, "s", detail)
         site.put(f"{name}: chosen", choose_kernels(found, *facts).reason.removeprefix("kernels: "), "", "of epochs of 1000 steps")
