@@ -105,7 +105,11 @@ async def test_run_from_first_offer_to_finish(tmp_path: Path):
         assert (await bob.verdict(final)).verdict == "accepted"
         await until(lambda: finished(ann), "the final mixture")
         async with httpx.AsyncClient(timeout=60) as client:
-            assert (await client.get(f"http://127.0.0.1:{http}/status.json")).json()["finished"]
+
+            async def shown() -> bool:
+                return (await client.get(f"http://127.0.0.1:{http}/status.json")).json()["finished"]
+
+            await until(shown, "the page, which is told of it up to half a second later")
         await asyncio.to_thread(check_fetching, run, tmp_path / "fetched")
     assert await coordinator.end(signal.SIGTERM) == 0
     check_the_end(run, coordinator, http)
