@@ -45,9 +45,9 @@ def test_kept_walks_equal_new_ones_after_every_change() -> None:
             links.partition([rng.sample(list(members), 2)])
         else:
             links.heal()
-        source = next((member for member in members.values() if member.answering), None)
-        for key in KEYS if source else ():
-            before = ring.nearest(source, key)
-            assert before == nearest_afresh(links, members, source, key), f"step {step}, {key}"
-            kept += before is ring.nearest(source, key)
+        for source in [member for member in members.values() if member.answering][:1]:
+            for key in KEYS:
+                before = ring.nearest(source, key)
+                assert before == nearest_afresh(links, members, source, key), f"step {step}, {key}"
+                kept += before is ring.nearest(source, key)
     assert kept > 1000
