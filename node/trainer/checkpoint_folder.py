@@ -116,6 +116,11 @@ class CheckpointFolder:
         self.shard, self.lane = shard_and_lane(slot)
         self.path = work / (f"{self.shard:04d}-{self.lane}" if self.lane else f"{self.shard:04d}")
 
+    @property
+    def compiled(self) -> Path:
+        """Where code is kept that the trainer at work has compiled."""
+        return self.path / "compiled.part"
+
     def epoch_folder(self, epoch: int) -> Path:
         return self.path / f"epoch-{epoch:06d}"
 
@@ -152,12 +157,12 @@ class CheckpointFolder:
         shutil.rmtree(self.epoch_folder(epoch), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove partial files of a killed trainer; a read-only disk is ignored."""
+        """Remove partial files and compiled code of a killed trainer; a read-only disk is ignored."""
         for place, _, names in os.walk(self.path):  # unlike glob it goes on where an epoch's folder is removed meanwhile
             for path in [Path(place, name) for name in names if is_part(name)]:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-        for path in self.path.glob("epoch-*.part"):
+        for path in (self.compiled, *self.path.glob("epoch-*.part")):
             shutil.rmtree(path, ignore_errors=True)
 
     def remove(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from lutetia.models.data.parts.reader import Wait, open_shard
-from lutetia.models.training.kernels.use import compiled_code_apart
+from lutetia.models.training.kernels.use import compiled_code_in
 from lutetia.models.training.replay import under_budget
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
@@ -354,13 +354,12 @@ def work(channel: ParentChannel, memory: int | None = None) -> Exit:
     """
     torch.set_flush_denormal(True)  # a parent full of such numbers would make every step several times as slow
     orders = DaemonOrders(channel, memory)
-    with compiled_code_apart():
-        while True:
-            reason = _work_once(orders)
-            if reason != "stopped" or not orders.staying:
-                return reason
-            orders.begin_again()
-            gc.collect()  # the next one needs the memory
+    while True:
+        reason = _work_once(orders)
+        if reason != "stopped" or not orders.staying:
+            return reason
+        orders.begin_again()
+        gc.collect()  # the next one needs the memory
 
 
 def _work_once(orders: DaemonOrders) -> Exit:
@@ -371,8 +370,9 @@ def _work_once(orders: DaemonOrders) -> Exit:
             return "stopped"
         if assignment.threads:
             torch.set_num_threads(assignment.threads)
-        CheckpointFolder(assignment.folder.parent, "", assignment.slot).sweep()
-        with unit_of(assignment, orders.memory) as split:
+        folder = CheckpointFolder(assignment.folder.parent, "", assignment.slot)
+        folder.sweep()
+        with compiled_code_in(folder.compiled), unit_of(assignment, orders.memory) as split:
             trainer = build(assignment, orders.wait_for_part, split)
             orders.listen()
             loop = TrainerLoop(trainer, assignment, orders)

@@ -16,6 +16,7 @@ from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.ledger.events import AuditDone, LaneAccepted, LanesMerged, PeerQuarantined
 from lutetia.node.control import ask
 from lutetia.protocol.dht_records import publish
+from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.schema.ticket import Ticket
@@ -57,10 +58,10 @@ async def test_epochs_are_merged_without_the_killed_node_and_the_liar(tmp_path: 
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 300)
     assert coordinator.process.returncode == 0, "\n".join(tell(run.folder))
-    check_history(run.folder, mallory.identity.public_key)
+    check_history(run.folder, mallory.identity.public_key, Identity.load(tmp_path / "eve" / "identity.key").public_key)
 
 
-def check_history(folder: Path, mallory: str) -> None:
+def check_history(folder: Path, mallory: str, killed: str) -> None:
     events, history = list(read_events(folder)), "\n".join(tell(folder))
     results = [event for event in events if isinstance(event, LaneAccepted)]
     assert mallory in {event.acceptance.author for event in results}, history
@@ -70,9 +71,9 @@ def check_history(folder: Path, mallory: str) -> None:
         event for event in events
         if isinstance(event, LanesMerged) and (event.acceptance.shard, event.acceptance.epoch) == (1, 1)
     ]  # fmt: skip
-    assert merged.acceptance.lanes == (0,), "the killed node's lane"
+    assert killed not in merged.acceptance.authors
     first = min(event.time for event in results if event.acceptance.shard == 1)
-    assert merged.time - first < TEAM.deadline / 10, "as soon as its claim ended"
+    assert merged.time - first < TEAM.deadline / 10, "as soon as its claim ended, or when the node that took its lane was done"
 
 
 @asynccontextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,11 +66,16 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def compiled_code_apart() -> Iterator[None]:
-    """Keep what the compiler writes in a private folder, which is removed at the end; torch's own is shared by all processes."""
-    with tempfile.TemporaryDirectory(prefix="lutetia-compiled-", ignore_cleanup_errors=True) as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+def compiled_code_in(folder: Path) -> Iterator[None]:
+    """Keep what the compiler writes in `folder`, which is removed at the end; torch's own folder is shared by all processes.
+
+    The compiler makes the folder when it first writes.
+    """
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    try:
         yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:

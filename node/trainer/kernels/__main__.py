@@ -26,7 +26,8 @@ def main() -> None:
     from lutetia.node.trainer.kernels.trials import trials
 
     for trial in trials(KernelOrder.model_validate_json(sys.stdin.buffer.read())):
-        print(trial.model_dump_json(), flush=True)
+        sys.stdout.write(f"{trial.model_dump_json()}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

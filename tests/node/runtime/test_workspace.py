@@ -202,6 +202,8 @@ def test_sweep_removes_what_a_killed_trainer_left(tmp_path: Path):
     (folder.path / "epoch-000001.part").mkdir(parents=True)
     (folder.path / ".local-1-1.safetensors.abc.part").touch()
     (folder.path / "local-1-0.safetensors").touch()
+    folder.compiled.mkdir()
+    (folder.compiled / "code.so").touch()
     folder.sweep()
     assert [path.name for path in folder.path.iterdir()] == ["local-1-0.safetensors"]
 
