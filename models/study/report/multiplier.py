@@ -164,8 +164,10 @@ def isolation(results: StudyResults) -> list[Isolation]:
     """Price of isolation and gain of specialisation at one budget, of the first seed; empty without random clusters."""
     name = main_distance(results)
     sides: dict[str, dict[str, float]] = {}
-    for tier in ("headline", "control"):
-        found = {arm: _finals(results, tier, arm) for arm in ("random", "monolith", "mixture")}
+    whole = results.config["controls"]["share"] == 1.0  # controls of the whole budget are read beside the headline's arms
+    for tiers in (("headline",), ("control",), *([("control", "headline")] * whole)):
+        finals = {arm: [_finals(results, tier, arm) for tier in tiers] for arm in ("random", "monolith", "mixture")}
+        found = {arm: next(filter(None, readings), {}) for arm, readings in finals.items()}
         if all(found.values()):
             sides = found
             break

@@ -19,7 +19,8 @@ from lutetia.models.study.report.multiplier import (
 from lutetia.models.study.report.tables import report
 from lutetia.models.study.results import StudyResults, curve
 
-UNION = Path(__file__).parents[4] / "docs" / "results" / "union"
+RESULTS = Path(__file__).parents[4] / "docs" / "results"
+UNION, DRAWN = RESULTS / "union", RESULTS / "base-drawn"
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +108,19 @@ def test_isolation_divides_random_clusters_by_both_sides(union: StudyResults) ->
     assert loss.gain == pytest.approx(0.7296 / 0.6070, abs=1e-3)
 
 
-def test_committed_page_of_the_union_follows_from_its_results(union: StudyResults) -> None:
-    page = (UNION / "README.md").read_text()
-    made = report(
-        union, ["curves.png", "samples.png"], [f"clusters/{sheet.name}" for sheet in sorted((UNION / "clusters").glob("*.png"))]
-    )
-    note = page.index("\n\n", page.index("**By `docs/studies")) + 2  # the page has one paragraph by hand, below its title
-    assert page[note:] == made[made.index("\n\n") + 2 :]
+def test_isolation_at_the_whole_budget_is_read_beside_the_headline() -> None:
+    drawn = StudyResults.model_validate_json((DRAWN / "results.json").read_bytes())
+    loss = next(row for row in isolation(drawn) if row.metric == LOSS)
+    assert loss.price == pytest.approx(0.5211 / 0.4846, abs=1e-3)
+    assert loss.gain == pytest.approx(0.5211 / 0.4446, abs=1e-3)
+
+
+@pytest.mark.parametrize("folder", [UNION, DRAWN], ids=["union", "base-drawn"])
+def test_committed_page_follows_from_its_results(folder: Path) -> None:
+    page, results = (folder / "README.md").read_text(), StudyResults.model_validate_json((folder / "results.json").read_bytes())
+    sheets = [f"clusters/{sheet.name}" for sheet in sorted((folder / "clusters").glob("*.png"))]
+    made = report(results, ["curves.png", "samples.png"], sheets).partition("\n\n")[2]
+    title, _, rest = page.partition("\n\n")  # between title and tables is what was written by hand
+    assert title.startswith("# Study")
+    assert rest.startswith("**By `docs/studies/")
+    assert rest.endswith("\n\n" + made)
