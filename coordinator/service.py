@@ -53,7 +53,7 @@ from lutetia.coordinator.settings import ServeSettings
 from lutetia.coordinator.snapshot.document import LedgerSnapshot
 from lutetia.coordinator.snapshot.keeper import SnapshotKeeper
 from lutetia.coordinator.web.rendered import Rendered
-from lutetia.coordinator.web.server_process import HttpServer, order_of
+from lutetia.coordinator.web.server_process import HttpOrder, HttpServer
 from lutetia.coordinator.worker.client import WorkerClient
 from lutetia.coordinator.worker.messages import SizesMeasured
 from lutetia.models.mixing.description import FILE as MIXTURE_FILE
@@ -244,7 +244,10 @@ class Service:
         if self.lender:
             tasks["lent checks"] = self.lender.watch()
         if listener:
-            order = order_of(self.folder.root, self.identity.public_key, self.settings.about, self.settings.blob_bytes_per_second)
+            order = HttpOrder(
+                root=str(self.folder.root), listener=listener.fileno(), coordinator=self.identity.public_key,
+                about=self.settings.about, bytes_per_second=self.settings.blob_bytes_per_second,
+            )  # fmt: skip
             self.http = HttpServer(order, listener, self.upload, self.bootstrap_watch.faults)
             tasks["http server"] = self.http.run()
         return tasks

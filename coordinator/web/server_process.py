@@ -13,7 +13,6 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
@@ -44,13 +43,16 @@ class HttpOrder(Frozen):
     bytes_per_second: float | None = Field(description="Most bytes of blobs sent in a second; each is asked for. Null: no limit")
 
 
-class HttpNews(Frozen):
-    """What is on no disk. Sent when the status changes, and every two seconds."""
-
+class _NewsBesideStatus(Frozen):
     say: Literal["news"] = "news"
-    status: SwarmStatus = Field(description="The status document")
     bootstrap: tuple[BootstrapFault, ...] = Field(description="The addresses of the ticket that do not answer")
     sent: int = Field(description="Bytes of blobs that the coordinator has sent itself")
+
+
+class HttpNews(_NewsBesideStatus):
+    """What is on no disk. Sent when the status changes, and every two seconds. The coordinator has the status as JSON already."""
+
+    status: SwarmStatus = Field(description="The status document")
 
 
 class BytesGranted(Frozen):
@@ -75,8 +77,8 @@ class HttpServer:
     """The process, kept alive while somebody connects.
 
     Args:
-        order: what it serves; `listener` is filled in.
-        listener: the socket. Whoever connects while no process runs waits for it.
+        order: what it serves.
+        listener: the socket of the order's descriptor. Whoever connects while no process runs waits for it.
         upload: the limit that all uploads share.
         bootstrap: the addresses of the ticket that do not answer.
     """
@@ -123,9 +125,7 @@ class HttpServer:
 
     async def _serve(self) -> int | None:
         """Start a process and talk to it until it ends; its exit status."""
-        descriptor = self.listener.fileno()
-        order = self.order.model_copy(update={"listener": descriptor})
-        child = await Child.start("lutetia.coordinator.web", order.model_dump_json(), pass_fds=(descriptor,))
+        child = await Child.start("lutetia.coordinator.web", self.order.model_dump_json(), pass_fds=(self.order.listener,))
         self._child = child
         _log.info("started the HTTP process, process id %d", child.process.pid)
         telling = asyncio.create_task(self._tell(child))
@@ -162,14 +162,6 @@ class HttpServer:
             await child.send_line(BytesGranted(number=wanted.number).model_dump_json().encode())
 
 
-class _NewsBesideStatus(Frozen):
-    """HttpNews without the status, which is JSON already."""
-
-    say: Literal["news"] = "news"
-    bootstrap: tuple[BootstrapFault, ...]
-    sent: int
-
-
 async def _readable(listener: socket.socket) -> None:
     """Wait until somebody connects."""
     loop, connected = asyncio.get_running_loop(), asyncio.Event()
@@ -178,10 +170,3 @@ async def _readable(listener: socket.socket) -> None:
         await connected.wait()
     finally:
         loop.remove_reader(listener.fileno())
-
-
-def order_of(root: Path, coordinator: str, about: str, bytes_per_second: float | None) -> HttpOrder:
-    """An order whose listener is not known yet."""
-    return HttpOrder(
-        root=str(root), listener=-1, coordinator=coordinator, about=about, bytes_per_second=bytes_per_second
-    )  # fmt: skip

@@ -14,12 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from lutetia.models.data.ingest.folder import Folder
+from lutetia.models.data.parts.index import MOST_TEXTS
 from lutetia.system.errors import DataError
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION = 2000
-MOST_CAPTIONS = 16
-"""Captions of a clip."""
 MAX_KIND = 64
 
 Split = Literal["train", "test"]
@@ -128,8 +127,8 @@ def described(values: dict[str, Any]) -> Description | str:
     captions = [*dict.fromkeys(filter(None, map(_tidy, captions)))]
     if not captions:
         return "has no caption; write one in its row or in a .txt file of the same name"
-    if len(captions) > MOST_CAPTIONS:
-        return f"has {len(captions)} captions, more than {MOST_CAPTIONS}; keep the best of them"
+    if len(captions) > MOST_TEXTS:
+        return f"has {len(captions)} captions, more than {MOST_TEXTS}; keep the best of them"
     if (longest := max(map(len, captions))) > MAX_CAPTION:
         return f"has a caption of {longest} characters, more than {MAX_CAPTION}; shorten it"
     if len(kind) > MAX_KIND:

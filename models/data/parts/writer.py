@@ -91,7 +91,7 @@ class ShardWriter:
             kind: label of the user.
             source: SHA-256 (hex) of its file.
             bucket: the bucket that it is of.
-            more: its further captions, at most 15, of which each step draws one.
+            more: its further captions, of which each step draws one; MOST_TEXTS with the first.
 
         Raises DataError if it does not have the shapes of the shard or is not finite in float16, or DiskError.
         """

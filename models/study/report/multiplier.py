@@ -163,15 +163,13 @@ class Isolation(Frozen):
 def isolation(results: StudyResults) -> list[Isolation]:
     """Price of isolation and gain of specialisation at one budget, of the first seed; empty without random clusters."""
     name = main_distance(results)
-    sides: dict[str, dict[str, float]] = {}
-    whole = results.config["controls"]["share"] == 1.0  # controls of the whole budget are read beside the headline's arms
-    for tiers in (("headline",), ("control",), *([("control", "headline")] * whole)):
+    whole = results.config["controls"]["share"] == 1.0  # then the headline's arms are those of the controls, too
+    for tiers in (("headline", "control"),) if whole else (("headline",), ("control",)):
         finals = {arm: [_finals(results, tier, arm) for tier in tiers] for arm in ("random", "monolith", "mixture")}
-        found = {arm: next(filter(None, readings), {}) for arm, readings in finals.items()}
-        if all(found.values()):
-            sides = found
+        sides = {arm: next(filter(None, found), {}) for arm, found in finals.items()}
+        if all(sides.values()):
             break
-    if not sides:
+    else:
         return []
     rows = []
     for metric in (name, f"{name}, debiased", LOSS):

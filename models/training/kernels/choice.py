@@ -29,7 +29,8 @@ LOSSES_APART: dict[Precision, float] = {"float32": 2.5e-5, "bfloat16": 5e-4, "fl
 
 The rest is left to differences between machines. float16 is audited as bfloat16.
 """
-_PACKAGES: Mapping[Attention, str] = {"flash-attn": "flash_attn", "xformers": "xformers"}
+PACKAGES: Mapping[Attention, str] = {"flash-attn": "flash_attn", "xformers": "xformers"}
+"""The packages with attention kernels, as they are imported."""
 _OF_TORCH: dict[str, tuple[Attention, ...]] = {"cpu": ("math",), "cuda": ("flash", "efficient", "cudnn", "math")}
 _COMPILED = {"cpu", "cuda", "xpu"}
 COMPILED = "compiled"
@@ -92,7 +93,7 @@ def attention_kernels(device: str, packages: Sequence[str]) -> list[Kernels]:
         packages: names of importable packages.
     """
     kind = device.partition(":")[0]
-    outside: list[Attention] = [name for name, package in _PACKAGES.items() if kind == "cuda" and package in packages]
+    outside: list[Attention] = [name for name, package in PACKAGES.items() if kind == "cuda" and package in packages]
     return [Kernels(attention=name) for name in (*_OF_TORCH.get(kind, ()), *outside)]
 
 

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from lutetia.models.device import Precision
 from lutetia.models.training.kernels.choice import (
+    PACKAGES,
     PLAIN_KERNELS,
     KernelChoice,
     KernelFinding,
@@ -36,7 +37,6 @@ from lutetia.system import tether
 KERNEL_SECONDS = 90.0
 """Most seconds that measuring takes for one kind of expert."""
 _MODULE = "lutetia.node.trainer.kernels"
-_OUTSIDE = ("flash_attn", "xformers")
 
 
 class KernelOrder(Frozen):
@@ -79,7 +79,7 @@ def kernels_for(choice: KernelChoice, order: KernelOrder, manifest: Manifest, un
 
 def installed() -> list[str]:
     """The packages with attention kernels that are here."""
-    return [name for name in _OUTSIDE if importlib.util.find_spec(name)]
+    return [name for name in PACKAGES.values() if importlib.util.find_spec(name)]
 
 
 def shapes_of(manifest: Manifest, micro_batch: int) -> int:

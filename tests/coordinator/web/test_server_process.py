@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from lutetia.coordinator.web.listener import bind
 from lutetia.coordinator.web.process import NICENESS
-from lutetia.coordinator.web.server_process import HttpServer, order_of
+from lutetia.coordinator.web.server_process import HttpOrder, HttpServer
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.blobs.upload_limit import RateLimit
 from lutetia.protocol.schema.canonical import canonical
@@ -33,7 +33,10 @@ async def serving(run: RecordedRun) -> AsyncIterator[tuple[HttpServer, httpx.Asy
     folder.manifest.write_bytes(SignedManifest.sign(run.driver.manifest, OWNER).to_bytes())
     listener = bind("127.0.0.1:0")
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    order = order_of(folder.root, COORDINATOR.public_key, "what it is about", 16 * BYTES)
+    order = HttpOrder(
+        root=str(folder.root), listener=listener.fileno(), coordinator=COORDINATOR.public_key, about="what it is about",
+        bytes_per_second=16 * BYTES,
+    )  # fmt: skip
     http = HttpServer(order, listener, RateLimit(order.bytes_per_second))
     http.tell(canonical(run.source.status()))
     task = asyncio.create_task(http.run())

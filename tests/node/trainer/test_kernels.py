@@ -24,7 +24,6 @@ def test_steps_are_measured_from_one_start_and_an_absent_kernel_says_so(tmp_path
     assert (plain.problem, exact.problem) == ("", "")
     assert "kernel" in absent.problem
     assert plain.step_seconds > 0
-    assert plain.losses != exact.losses, "other sums"
     assert len(set(plain.losses)) == len(plain.losses) == 4
     assert all(math.isclose(a, b, rel_tol=LOSSES_APART["float32"]) for a, b in zip(plain.losses, exact.losses, strict=True))
 
