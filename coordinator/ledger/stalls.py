@@ -36,7 +36,8 @@ class ShardFacts:
     """What the status document knows of a shard besides the ledger. Times are Unix seconds.
 
     `holder`: who holds it. `due`: when its next acceptance is due. `free_since`: since when nobody claims it. `standbys`: nodes
-    that are online and hold nothing. `lent`: what a check that is lent to nodes waits for; empty: none does.
+    that are online and hold nothing. `lent`: what a check that is lent to nodes waits for; empty: none does. `merge_due`: from
+    when its gathered results are merged; None: it has none.
     """
 
     holder: str | None
@@ -44,6 +45,7 @@ class ShardFacts:
     free_since: float | None
     standbys: int
     lent: str = ""
+    merge_due: float | None = None
 
 
 def is_quiet(manifest: Manifest, now: float) -> bool:
@@ -57,7 +59,7 @@ def shard_stall(state: RunState, manifest: Manifest, index: int, facts: ShardFac
     shard = state.shards[index]
     if shard.epoch >= state.epochs:
         return None
-    rules = (_doubted, _refused, _behind_audits, _held, _waiting, _unheld, _overdue)
+    rules = (_doubted, _refused, _behind_audits, _held, _waiting, _unmerged, _unheld, _overdue)
     return next((stall for rule in rules if (stall := rule(state, manifest, index, facts, now))), None)
 
 
@@ -154,16 +156,35 @@ def _waiting(state: RunState, manifest: Manifest, index: int, facts: ShardFacts,
     """A result whose checks take a lease longer than checks took so far."""
     waiting = [candidate for candidate in state.shards[index].candidates.values() if not candidate.doubt]
     oldest = min(waiting, key=lambda candidate: candidate.seen, default=None)
-    usual = sum(cost.seconds for (check, _), cost in state.spent.items() if check != "audit") / max(1, state.accepted)
-    if oldest is None or now - oldest.seen <= manifest.timing.lease + 3 * usual:
+    if oldest is None or now - oldest.seen <= _patience(state, manifest):
         return None
     tried = f" after {oldest.attempts} tries without a verdict" if oldest.attempts else ""
     why = f"A result for epoch {oldest.record.epoch} by {_peer(oldest.record.owner)} still waits for its checks{tried}."
     last = next((r.text for r in reversed(state.refusals) if r.checkpoint == oldest.record.digest), "")
     remedy = f"See the coordinator's log{f' ({last[:600]})' if last else ''}; if the checks are slow, raise checks_at_once."
-    if facts.lent:
-        remedy = f"Let more nodes stand by whose devices run its expert: {facts.lent}."
+    remedy = _more_checkers(facts) or remedy
     return StallStatus(kind="shard", shard=index, since=oldest.seen, why=why, remedy=remedy)
+
+
+def _patience(state: RunState, manifest: Manifest) -> float:
+    """Seconds that checks may take: a lease longer than three times what those of a result took so far."""
+    usual = sum(cost.seconds for (check, _), cost in state.spent.items() if check != "audit") / max(1, state.accepted)
+    return manifest.timing.lease + 3 * usual
+
+
+def _more_checkers(facts: ShardFacts) -> str:
+    """Empty where no lent check waits."""
+    return f"Let more nodes stand by whose devices run its expert: {facts.lent}." if facts.lent else ""
+
+
+def _unmerged(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:
+    """Gathered results of lanes whose merge is due, and is not made or not checked."""
+    if facts.merge_due is None or now - facts.merge_due <= _patience(state, manifest):
+        return None
+    shard = state.shards[index]
+    why = f"The merge of the {len(shard.gathered)} accepted lanes of epoch {shard.epoch + 1} is due, and has not ended."
+    remedy = _more_checkers(facts) or "The coordinator's log says what it waits for; if it says nothing, use a faster disk."
+    return StallStatus(kind="shard", shard=index, since=facts.merge_due, why=why, remedy=remedy)
 
 
 def _unheld(state: RunState, manifest: Manifest, index: int, facts: ShardFacts, now: float) -> StallStatus | None:

@@ -284,8 +284,7 @@ def _with_lanes(
             yield shard
             continue
         ledger = state.shards[shard.shard]
-        at_work = None if live.at_work is None else live.at_work.get(shard.shard, frozenset())
-        merge = merge_status(ledger, team, at_work)
+        merge = merge_status(ledger, team, _at_work(live, shard.shard))
         holders = {claim.record.lane: (claim.record.owner, claim.record.state) for claim in held.get(shard.shard, ())}
         overdue = merge.due is not None and now >= merge.due
         lanes = lane_statuses(ledger, holders, live.merging, overdue)[: room - 1]
@@ -304,10 +303,23 @@ def _stalled_shards(
             None if shard.owner else live.free_since.get(shard.shard),
             standbys,
             live.lent.get(shard.shard, ""),
+            _merge_due(state, manifest, shard.shard, live),
         )
         for shard in shards
     }
     return [stall for index in facts if (stall := shard_stall(state, manifest, index, facts[index], now))]
+
+
+def _merge_due(state: RunState, manifest: Manifest, shard: int, live: LiveView) -> float | None:
+    """From when the gathered results of the shard are merged, in Unix seconds; None where it has none."""
+    ledger = state.shards[shard]
+    if manifest.team is None or not ledger.gathered:
+        return None
+    return merge_status(ledger, manifest.team, _at_work(live, shard)).due
+
+
+def _at_work(live: LiveView, shard: int) -> frozenset[int] | None:
+    return None if live.at_work is None else live.at_work.get(shard, frozenset())
 
 
 def _shard_state(done: bool, claim: Sighting[ClaimRecord] | None, due: float | None, now: float) -> ShardState:

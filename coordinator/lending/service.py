@@ -14,7 +14,7 @@ from lutetia.coordinator.acceptance.intake.rate_limits import RateWindow
 from lutetia.coordinator.credit.lent import counted
 from lutetia.coordinator.ledger.events import CheckerRefuted, Event
 from lutetia.coordinator.ledger.run_state import RunState
-from lutetia.coordinator.lending.agreement import Settled
+from lutetia.coordinator.lending.agreement import NEEDED, Settled
 from lutetia.coordinator.lending.loans import (
     Asker,
     LendingDesk,
@@ -133,9 +133,11 @@ class CheckLender:
         found: dict[int, str] = {}
         for check in sorted(self.desk.checks.values(), key=lambda check: check.since, reverse=True):
             if check.missing(now) > 0 and now - check.since > self.manifest().timing.lease:
-                who = "a node that the setting checkers names" if self.checkers else "a node of another operator"
-                have = f"{len(check.reports)} reports and {len(check.loans)} borrowers"
-                text = f"a check ({check.kind}) has waited {now - check.since:.0f} s for {who}; it has {have}"
+                who = "another node that the setting checkers names" if self.checkers else "a node of another operator"
+                apart = ", which contradict each other," if len(check.reports) >= NEEDED else ""
+                have = f"{len(check.reports)} reports{apart} and {len(check.loans)} borrowers"
+                cure = "; name more there, and start the coordinator again" if self.checkers else ""
+                text = f"a check ({check.kind}) has waited {now - check.since:.0f} s for {who}; it has {have}{cure}"
                 found[-1 if check.shard is None else check.shard] = text
         return found
 

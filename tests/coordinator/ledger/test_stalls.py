@@ -20,6 +20,7 @@ from lutetia.protocol.schema.records import CheckpointRecord
 from lutetia.protocol.schema.status import StallStatus, SwarmStatus
 from lutetia.protocol.schema.verdicts import CheckName
 from tests.coordinator.acceptance.judge_driver import PEERS, JudgeDriver, blob, drive_judge, make_record
+from tests.coordinator.acceptance.lanes.lanes_driver import LanesDriver
 from tests.coordinator.ledger.test_status_builder import claim, node
 
 HOLDER, STRANGER = PEERS[0], PEERS[1]
@@ -190,3 +191,30 @@ def test_the_router_is_as_old_as_its_training():
     again = apply(state, trained.model_copy(update={"time": driver.now + 900, "router": blob("another")}))
     assert again.router is not None
     assert again.router.time == driver.now + 900
+
+
+def test_a_merge_that_does_not_end_makes_its_shard_red_after_the_usual_time():
+    driver = LanesDriver()
+    for lane in range(4):
+        driver.result(lane)
+    manifest, due = driver.judge.manifest, driver.judge.now
+    view = LiveView(at_work={0: frozenset(range(4))})
+    waiting = dataclasses.replace(view, lent={0: "a check (result) has waited 99 s for another node"})
+
+    def red(view: LiveView) -> StallStatus | None:
+        shown = status(driver.judge.state.run, manifest, view, driver.judge.now)
+        return next((stall for stall in shown.stalls if stall.shard == 0), None)
+
+    driver.judge.now += manifest.timing.lease
+    assert red(waiting) is None
+    driver.judge.now += 1
+    found = red(waiting)
+    assert found is not None
+    assert (found.kind, found.since) == ("shard", due)
+    assert found.why == "The merge of the 4 accepted lanes of epoch 1 is due, and has not ended."
+    assert found.remedy.endswith("a check (result) has waited 99 s for another node.")
+    found = red(view)
+    assert found is not None
+    assert "The coordinator's log says" in found.remedy
+    driver.merged()
+    assert red(waiting) is None

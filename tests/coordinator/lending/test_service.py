@@ -290,6 +290,22 @@ def test_a_check_that_nobody_takes_is_named_after_a_lease(tmp_path: Path):
     play(site, scenario)
 
 
+def test_named_checkers_that_contradict_each_other_wait_for_one_more_name(tmp_path: Path):
+    site = Site(tmp_path, (ANN, BEN))
+
+    async def scenario(checking: asyncio.Task[None]) -> None:
+        ann, ben = site.borrower(ANN), site.borrower(BEN)
+        await ann.report(await ann.job())
+        await ben.report(await ben.job(), 1.5)
+        await asyncio.sleep(site.manifest.timing.lease + 1)
+        assert not checking.done()
+        why = site.lender.held_up(site.transport.now())[0]
+        assert "for another node that the setting checkers names; it has 2 reports, which contradict each other, and 0" in why
+        assert why.endswith("; name more there, and start the coordinator again")
+
+    play(site, scenario)
+
+
 def test_a_cancelled_check_is_taken_back(tmp_path: Path):
     site = Site(tmp_path)
 
