@@ -33,6 +33,9 @@ class DeviceStatus(Frozen):
     waits_since: float | None = Field(default=None, description="Since when it does, in Unix seconds")
     celsius: float | None = Field(default=None, description="Its temperature, in degrees Celsius, where max_temp is set")
     slowed: str | None = Field(default=None, description="Why it trains less than it may: its temperature")
+    left_out: str | None = Field(
+        default=None, description="Why its last work on a lane is in no merge, until a result is in time"
+    )
     problem: str | None = Field(default=None, description="The last warning, until a checkpoint is accepted")
 
 

@@ -183,6 +183,7 @@ def _device_line(device: dict[str, Any], now: float) -> str:
     text = f"{device['state']} for {ago(now - device['since'])}: "
     text += _work(device) if device["step"] is not None else device["reason"]
     text += f"; {waiting}" if (waiting := _waiting(device, now)) else ""
+    text += f"; {left_out}" if (left_out := device.get("left_out")) else ""
     if device["due"]:
         text += f", due in {ago(device['due'] - now)}"
     text += f", for another {ago(device['paused_until'] - now)}" if device["paused_until"] else ""
@@ -243,6 +244,7 @@ def render_local(document: dict[str, Any], now: float) -> RenderableType:
         "paused": f"for another {ago(document['paused_until'] - now)}" if document["paused_until"] and not several else "",
         "bytes": _bytes(document.get("traffic")),
         "slowed": document.get("slowed") or "",
+        "left out": "" if several else document.get("left_out") or "",
         "meanwhile": (meanwhile := _meanwhile(document)),
         "keeps": f"copies of other peers' accepted checkpoints: {document['copies']}"
         if document.get("copies") and not meanwhile

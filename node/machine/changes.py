@@ -36,6 +36,7 @@ class MachineChanges(TypedDict, total=False):
     avoided_until: Mapping[int, float]
     rejections: Mapping[int, int]
     overtaken: Mapping[int, int]
+    left_out: str
     work: ShardWork | None
     target: int | None
     stage: Stage

@@ -160,8 +160,11 @@ def _follow(transition: NodeTransition, view: ShardView, *, resync: bool) -> Non
 def _merged(transition: NodeTransition, epoch: int) -> None:
     """The lanes were merged, with or without our own result: go on from the new epoch."""
     work = transition.work
-    late = "" if work.gathered else ", without the result of this node"
-    transition.info(f"the lanes of shard {shard_and_lane(work.shard)[0]} were merged into epoch {epoch}{late}")
+    merged = f"the lanes of shard {shard_and_lane(work.shard)[0]} were merged into epoch {epoch}"
+    if work.gathered or not (work.pending or work.trainer == "on"):
+        transition.info(merged)
+    else:
+        leave_out(transition, f"{merged} before this node's result was there")
     done, leaving = epoch >= transition.rules.epochs, transition.state.phase == "draining" or not work.owned
     discard_work(transition, work.epoch, again=not done and not leaving)
     if done:
@@ -170,6 +173,14 @@ def _merged(transition: NodeTransition, epoch: int) -> None:
         release(transition, save=False)
     else:
         start_sync(transition, work.shard)
+
+
+def leave_out(transition: NodeTransition, why: str) -> None:
+    """Say that a result came too late for its merge, in the node's status until one is in time."""
+    text = f"{why}; it is left out, which is nobody's fault and costs this node nothing"
+    if text != transition.state.left_out:
+        transition.set(left_out=text)
+        transition.info(text)
 
 
 def _overtaken(transition: NodeTransition) -> None:

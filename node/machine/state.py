@@ -257,6 +257,8 @@ class MachineState:
     rejections: Mapping[int, int] = field(default_factory=dict)
     overtaken: Mapping[int, int] = field(default_factory=dict)
     """By shard: how often in a row another peer's result was accepted in place of this node's."""
+    left_out: str = ""
+    """Why this node's last work on a lane is in no merge, in a sentence; empty: its last result was in time."""
     work: ShardWork | None = None
     target: int | None = None
     stage: Stage = "delay"

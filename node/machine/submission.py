@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lutetia.node.machine.lease import discard_work, give_up, own_accepted, release, start_sync
+from lutetia.node.machine.lease import discard_work, give_up, leave_out, own_accepted, release, start_sync
 from lutetia.node.machine.messages import LookAtShards, OfferAnswered
 from lutetia.node.machine.transition import NodeTransition
 from lutetia.protocol.claims import slot_name
@@ -24,7 +24,7 @@ def offer_answered(transition: NodeTransition, event: OfferAnswered) -> None:
         case "gathered":
             transition.set_work(offer_at=transition.now + rules.lease * jitter, gathered=True, unjudged=0)
             transition.set_work(merge_look_at=transition.now + rules.merge_look * jitter)
-            transition.set(rejections={**transition.state.rejections, work.shard: 0})
+            transition.set(rejections={**transition.state.rejections, work.shard: 0}, left_out="")
             if transition.state.phase == "draining" or not work.owned:  # nothing of this node is left to be decided
                 transition.set_work(pending=())
         case "invalid":
@@ -34,6 +34,8 @@ def offer_answered(transition: NodeTransition, event: OfferAnswered) -> None:
             _leave_to_others(transition, event.text, save=False)
         case "superseded":
             transition.set_work(offer_at=transition.now + rules.heartbeat * jitter)
+            if rules.team:
+                leave_out(transition, f"the result of {slot_name(work.shard)} came too late for epoch {head.epoch}")
             transition.do(LookAtShards((work.shard,)))
         case "queued":
             wait = event.retry_after or backoff(offers + 1, first=rules.propagation, longest=rules.heartbeat, factor=1.5)

@@ -21,6 +21,7 @@ def device_status(shell: DeviceShell) -> DeviceStatus:
         "device": shell.name if probed or shell.named else None, "state": state.phase, "reason": state.why, "since": state.since,
         "problem": shell.problem, "paused_until": state.pause_until or state.closed_until or capped,
         "precision": probed.precision_reason if probed else None, "celsius": shell.celsius, "slowed": shell.slowed,
+        "left_out": state.left_out or None,
     }  # fmt: skip
     if work:
         shard, lane = shard_and_lane(work.shard)

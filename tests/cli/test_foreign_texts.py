@@ -58,7 +58,8 @@ def local_document(words: str) -> dict[str, Any]:
         "peer_id": words, "owner": words, "device": words, "state": words, "since": NOW, "reason": words, "name": words,
         "run": words, "online": True, "shard": 0, "shard_name": words, "epoch": 1, "epochs": 2, "step": 1, "steps": 2,
         "samples_per_second": 1.0, "loss": 1.0, "accepted": 1, "accepted_today": 1, "refused": 0, "last_accepted": None,
-        "pending": 0, "due": None, "paused_until": None, "slowed": words, "copies": 1, "problem": words,
+        "pending": 0, "due": None, "paused_until": None, "slowed": words, "left_out": words, "copies": 1,
+        "problem": words,
     }  # fmt: skip
 
 

@@ -50,8 +50,10 @@ def test_status_and_log_count_epochs_alike() -> None:
 def test_status_tells_which_data_training_waits_for() -> None:
     printer = console()
     with printer.capture() as shown:
-        printer.print(render_local({**STATUS, "waits_for_part": 3, "waits_since": NOW - 40}, NOW))
-    assert "waits for data: part 3, for 40 s" in " ".join(shown.get().split())
+        printer.print(render_local({**STATUS, "waits_for_part": 3, "waits_since": NOW - 40, "left_out": "it came too late"}, NOW))
+    told = " ".join(shown.get().split())
+    assert "waits for data: part 3, for 40 s" in told
+    assert "left out it came too late" in told
 
 
 def test_node_that_stands_by_is_told_what_that_is_good_for() -> None:

@@ -115,11 +115,31 @@ def test_late_lane_goes_on_from_every_merge_without_giving_the_shard_up() -> Non
     driver = training()
     for epoch in range(1, 4):
         driver.feed(m.SwarmSeen(driver.now, (merged(epoch, f"all {epoch}"),)))
+        assert driver.state.left_out == (
+            f"the lanes of shard 0 were merged into epoch {epoch} before this node's result was there; "
+            "it is left out, which is nobody's fault and costs this node nothing"
+        )
         assert driver.actions_of(m.Sync) == [m.Sync(SECOND, epoch, f"all {epoch}")]
         assert not [action for action in driver.actions if isinstance(action, m.LogSentence) and action.level == "warning"]
         driver.feed(m.SyncDone(driver.now, SECOND, epoch, f"all {epoch}"))
     driver.feed(m.SwarmSeen(driver.now, (merged(4, "all 4"),)))
     assert (driver.state.phase, driver.state.work) == ("idle", None)  # the budget is done
+
+
+def test_result_that_came_too_late_is_told_of_until_one_is_in_time() -> None:
+    driver = training()
+    finished(driver)
+    driver.feed(m.OfferAnswered(driver.now, "own", "superseded", text="merged before"))
+    assert driver.state.left_out.startswith("the result of lane 1 of shard 0 came too late for epoch 1; it is left out, which is")
+    driver.feed(m.SwarmSeen(driver.now, (merged(1, "all"),)))
+    assert driver.state.left_out.startswith("the lanes of shard 0 were merged into epoch 1 before this node's result was there; ")
+    driver.feed(m.SyncDone(driver.now, SECOND, 1, "all"))
+    second = m.OwnCheckpoint(SECOND, 2, "second", "all")
+    driver.feed(m.CheckpointReady(driver.now, driver.state.trainers_started, second))
+    driver.feed(m.OfferAnswered(driver.now, "second", "gathered"))
+    assert driver.state.left_out == ""
+    driver.feed(m.SwarmSeen(driver.now, (merged(2, "all 2"),)))
+    assert driver.state.left_out == ""
 
 
 def test_merge_is_made_again_after_a_rollback() -> None:

@@ -31,7 +31,9 @@ def test_quorum_of_lanes_is_merged_into_one_epoch_that_names_them() -> None:
     published = [action.acceptance for action in driver.judge.actions if isinstance(action, Publish)]
     assert [(given.author, given.lanes) for given in published] == [(COORDINATOR.public_key, (0, 2, 3))]
     late = make_record(driver.judge.manifest, PEERS[1], 0, 1, None, lane=1)
-    assert driver.judge.offer(late).verdict == "superseded"
+    reply = driver.judge.offer(late)
+    assert reply.verdict == "superseded"
+    assert "merged before this result was there, which costs its author nothing" in reply.text
     run = driver.judge.state.run
     assert [run.peer(PEERS[lane].public_key).accepted for lane in range(4)] == [1, 0, 1, 1]
     assert run.rejected == 0
