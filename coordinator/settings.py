@@ -14,6 +14,7 @@ from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
 from lutetia.protocol.schema.model.card_spec import CardSpec
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
+from lutetia.protocol.schema.model.pipeline_spec import Side
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation, RouterSpec, SamplingSpec
 from lutetia.protocol.schema.ticket import Place
@@ -91,6 +92,11 @@ class RunSettings(_Settings):
         default=None,
         description="diffusers pipeline whose transformer every expert starts from, with its noise schedule, time shift, "
         "guidance and scheduler, a folder or a hub id owner/name@commit; the data must be built from it",
+    )
+    part: Side | None = Field(
+        default=None,
+        description="Part of the noise levels that the run trains, of a pipeline with two transformers (Wan 2.2 A14B): high or "
+        "low; the other part needs a run of its own, or stays the pipeline's",
     )
     first_frame: Share | None = Field(
         default=None,

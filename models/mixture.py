@@ -39,7 +39,7 @@ from lutetia.models.mixing.layout import CONFIG
 from lutetia.models.mixing.router import VideoRouter
 from lutetia.models.mixing.stock.stock_call import read_stock_call, stock_config
 from lutetia.models.randomness import normals, stream
-from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, NoisePart
 from lutetia.system.errors import ConfigError, UsageError
 
 Mode = Literal["top1", "top2", "full", "sticky"]
@@ -251,6 +251,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             pooled: pooled texts, `[B, P]`.
             mode: None: the mixture's own.
             seeds: one per row, for `sticky`; None: 0, 1, … It draws when t is larger than at the last call: new clips begin then.
+                Experts for low noise are drawn by what the latents show when they are first asked.
         """
         mode = cast(Mode, mode or self.config["mode"])
         if mode not in get_args(Mode):
@@ -259,7 +260,9 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             return routing_weights(self.probabilities(x_t, t, pooled), mode)
         now = t.max().item()
         if self._kept is None or now > self._kept[0] or len(self._kept[1]) != len(x_t):
-            drawn = draw_experts(self.probabilities(x_t, torch.ones_like(t), pooled), seeds or range(len(x_t)))
+            part = self.noise_part
+            begin = t if part and part.side == "low" else torch.ones_like(t)
+            drawn = draw_experts(self.probabilities(x_t, begin, pooled), seeds or range(len(x_t)))
         else:
             drawn = self._kept[1]
         self._kept = now, drawn
@@ -295,6 +298,12 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
         """Whether its experts were trained with first frames."""
         kinds = [ExpertKind.model_validate(expert) for expert in self.config["experts"]]
         return all(kind.inputs and kind.inputs.first_frame is not None for kind in kinds if kind.folder)
+
+    @property
+    def noise_part(self) -> NoisePart | None:
+        """The part of the noise levels that its experts are for; None: all of them."""
+        kinds = [ExpertKind.model_validate(expert) for expert in self.config["experts"]]
+        return kinds[0].inputs.noise_part if kinds and kinds[0].inputs else None
 
     def call_of(self, expert: ExpertKind) -> ExpertCall:
         """What `expert` is given at a call besides latents, time and text."""

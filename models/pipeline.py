@@ -18,6 +18,7 @@ import logging
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -216,6 +217,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
 
         Raises:
             [`UsageError`]: before anything is computed, when the arguments contradict each other or do not fit the mixture.
+            [`ConfigError`]: likewise, when the model of the other part of the noise levels is not on this machine.
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -238,6 +240,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         if not cut_prompts and (texts.prompts or texts.negative):
             texts.check_lengths(self.text)
 
+        other = self.other_part
         tokens, pooled, negative_tokens, negative_pooled = self._encode(texts, num_videos_per_prompt, guidance != 1)
         if seed is None and generator is None:
             seed = secrets.randbits(31)
@@ -260,11 +263,14 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 return None if self._interrupt else state
 
             first = None if pictures is None else self.encode_first_frames(pictures, num_videos_per_prompt).to(tokens.device)
-            with self.transformer.told({} if embedded is None else {"guidance": embedded}, pictures is not None):
+            changed: dict[str, Any] = {} if embedded is None else {"guidance": embedded}
+            with ExitStack() as told:
+                for each in filter(None, (self.transformer, other)):
+                    told.enter_context(each.told(changed, pictures is not None))
                 sampled = sample(
                     self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
                     negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
-                    first_frame=first,
+                    first_frame=first, other=other,
                 )  # fmt: skip
         self._current_timestep = None
         inputs.check_finite(sampled.latents, guidance, tokens.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -13,6 +14,7 @@ from lutetia.models.data.encode.latents import Latents, component_latents, load_
 from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import SCHEDULER_CONFIG
+from lutetia.models.mixing.parts.other_part import follow, mixture_part, stock_part
 from lutetia.models.mixture import MixtureTransformer
 from lutetia.models.pipeline_inputs import Texts
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
@@ -48,6 +50,7 @@ class PromptsAndPictures:
     transformer: Any
     vae: Any
     _execution_device: torch.device
+    _other: MixtureTransformer | None = None
     _text: TextEncoder | None = None
     _decoder: Latents | None = None
 
@@ -76,6 +79,32 @@ class PromptsAndPictures:
         texts.check(self.spec)
         tokens, pooled, negative_tokens, negative_pooled = self._encode(texts, num_videos_per_prompt)
         return tokens, pooled, negative_tokens, negative_pooled
+
+    def pair_with(self, mixture: Path | str, base: Any = None) -> Self:
+        """Make clips together with the mixture in the folder `mixture`, which has the other part of the noise levels.
+
+        `base` is the folder of its base, if it holds adapters. Returns itself.
+
+        Raises ConfigError if that mixture is not of the other part, or fits this one in another way not.
+        """
+        part = self.transformer.noise_part
+        self._other = mixture_part(Path(mixture), part, self.spec, self.transformer.dtype, base, self.allow_hub)
+        return self
+
+    @property
+    def other_part(self) -> MixtureTransformer | None:
+        """What makes the steps at the noise levels that the experts were not trained for; None: they have all of them.
+
+        That is the mixture of `pair_with`, else the other transformer of the run's pipeline.
+
+        Raises ConfigError if that transformer is not on this machine and may not be downloaded.
+        """
+        part = self.transformer.noise_part
+        if part is None:
+            return None
+        if self._other is None:
+            self._other = stock_part(self.transformer, part, self.spec, self.allow_hub)
+        return follow(self._other, self.transformer)
 
     @property
     def fps(self) -> float:

@@ -32,7 +32,8 @@ class LutetiaPipelineOutput(BaseOutput):
             N clips of F frames, values in 0…1: a float32 array `[N, F, H, W, 3]` ("np"), a float32 tensor `[N, F, 3, H, W]`
             ("pt"), N lists of F pictures ("pil"), or the latents, a float32 tensor `[N, C, f, h, w]` ("latent").
         routing (`torch.Tensor`):
-            The experts' weights at every step, `[steps, N, K]`.
+            The experts' weights at every step, `[steps, N, K]`; 0 in steps that a model of the other part of the noise levels
+            made.
     """
 
     frames: Any

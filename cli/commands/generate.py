@@ -33,6 +33,13 @@ def generate(
     image: Annotated[
         Path | None, setting("IMAGE", "Picture that the clips begin with, cut to their shape; of a mixture with first frames.")
     ] = None,
+    other: Annotated[
+        Path | None,
+        setting(
+            "OTHER", "Mixture for the other part of the noise levels, of a run from a pipeline with two transformers; default: "
+            "the pipeline's own.",
+        ),
+    ] = None,
     out: Annotated[Path, setting("GENERATE_OUT", "File to write, .mp4 or .gif.")] = Path("clip.mp4"),
     mode: Annotated[Mode | None, setting("MODE")] = None,
     steps: Annotated[int | None, setting("STEPS", min=1)] = None,
@@ -90,6 +97,9 @@ def generate(
     plan = plan_sampling(document, device=device, dtype=dtype, experts_in_memory=experts_in_memory, tiling=tiling)
     say(plan.reason)
     sampler = MixtureLoader(mixture, hub=hub, plan=plan, base=base)
+    if other:
+        sampler.pipeline.pair_with(other, base)
+    _ = sampler.pipeline.other_part  # refuses before the long work begins
     files, experts = numbered(out, len(texts)), []
     with progress("generate") as report:
         clips = sampler.generate(
@@ -139,10 +149,13 @@ def numbered(out: Path, n: int) -> list[Path]:
 
 
 def usage(chosen: Sequence[dict[str, float]]) -> str:
-    """The experts that had the largest weight in one clip's steps: `digits in 23 of 25 steps, shapes in 2 of 25 steps`."""
+    """The experts that had the largest weight in one clip's steps: `digits in 23 of 25 steps, shapes in 2 of 25 steps`.
+
+    A step without experts was made by a model of the other part of the noise levels.
+    """
     counts: dict[str, int] = {}
     for step in chosen:
-        best = max(step, key=lambda name: step[name])
+        best = max(step, key=lambda name: step[name]) if step else "the other part"
         counts[best] = counts.get(best, 0) + 1
     ordered = sorted(counts.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} in {count} of {len(chosen)} steps" for name, count in ordered)

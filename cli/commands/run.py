@@ -11,6 +11,7 @@ import typer
 from lutetia.cli.arguments import RunFolder, documented_by, given, is_ticket, read_config, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
 from lutetia.cli.owner import actions, runs
+from lutetia.protocol.schema.model.pipeline_spec import Side
 from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def create(
     address: Annotated[list[str] | None, setting("RUN_ADDRESS")] = None,
     experts: Annotated[int | None, setting("RUN_EXPERTS", min=1)] = None,
     pipeline: Annotated[str | None, setting("PIPELINE", "", "--from")] = None,
+    part: Annotated[Side | None, setting("RUN_PART")] = None,
     first_frame: Annotated[float | None, setting("RUN_FIRST_FRAME", min=0.0, max=1.0)] = None,
     warm_start: Annotated[
         str | None,
@@ -44,8 +46,8 @@ def create(
     from lutetia.coordinator.settings import RunSettings
 
     flags = given(
-        preset=preset, name=name, addresses=address, experts=experts, pipeline=pipeline, first_frame=first_frame,
-        warm_start=warm_start,
+        preset=preset, name=name, addresses=address, experts=experts, pipeline=pipeline, part=part,
+        first_frame=first_frame, warm_start=warm_start,
     )  # fmt: skip
     values = {**read_config(config, "run"), **flags}
     settings = settings_of(RunSettings, str(config or "options"), values)  # before the slow imports

@@ -15,6 +15,8 @@ _MORE_FRAMES, _SIDE_STEP, _LARGEST_SIDE = 16, 16, 512
 def fit_pipeline(choice: DataChoice, ref: str) -> tuple[DataChoice, LatentSpec, ExpertSpec, str]:
     """The choice with frames and side that the pipeline takes, its latents, its transformer, and its reference for the settings.
 
+    Of two transformers it is that for high noise.
+
     Raises ConfigError if the pipeline cannot be used, or takes none of the shapes that were tried.
     """
     from lutetia.models.data.encode.latents import load_latents
@@ -22,7 +24,8 @@ def fit_pipeline(choice: DataChoice, ref: str) -> tuple[DataChoice, LatentSpec, 
     from lutetia.models.sources.pipeline import open_pipeline
 
     source = open_pipeline(ref, weights=("vae",))
-    latents, recipe, expert = load_latents(source.part("vae")), source.text, source.expert(choice.fps)
+    part = source.noise_part("high" if len(source.transformers) > 1 else None)
+    latents, recipe, expert = load_latents(source.part("vae")), source.text, source.expert(choice.fps, part)
     width = int(source.config(recipe.encoder).get("d_model") or source.config(recipe.encoder).get("hidden_size") or 1)
     second = source.config(recipe.pooled_encoder) if recipe.pooled_encoder else {}
     pooled = int(second.get("hidden_size") or width)

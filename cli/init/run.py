@@ -60,14 +60,16 @@ def write_settings(clips: Path, file: Path, on_progress: Progress, pipeline: str
     device, _ = choose_device("auto", Accelerators.seen())
     data = choose_data(facts, device != "cpu")
     on_progress("machine", 0, 1)
+    part = None
     if pipeline is None:
         measured = measure(latent_of(data), data.batch, device)
     else:
         data, latent, expert, pipeline = fit_pipeline(data, pipeline)
+        part = expert.noise_part and expert.noise_part.side
         measured = cost_of(expert, latent, data.batch, measure(latent, data.batch, device))
     budget = choose_budget(measured, data.batch)
     on_progress("machine", 1, 1)
-    write_atomic(file, render(clips, file, data, budget, measured, pipeline).encode())
+    write_atomic(file, render(clips, file, data, budget, measured, pipeline, part).encode())
     for model, table in ((BuildSettings, "data"), (RunSettings, "run"), (ServeSettings, "serve")):
         settings_of(model, str(file), read_config(file, table))  # what was written must be readable
     return InitReport(data, budget, measured, left_out, len(listing.unused))

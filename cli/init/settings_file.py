@@ -28,11 +28,12 @@ def _word(path: Path) -> str:
 
 
 def render(
-    clips: Path, file: Path, choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None = None
-) -> str:
-    """The content of the file."""
+    clips: Path, file: Path, choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None = None,
+    part: str | None = None,
+) -> str:  # fmt: skip
+    """The content of the file; `part` of the noise levels is written if the pipeline has two transformers."""
     why, file_text = choice.why, []
-    for group in (_head(clips, file), _data(choice, why) + _encoders(pipeline), _run(choice, budget, measured, pipeline)):
+    for group in (_head(clips, file), _data(choice, why) + _encoders(pipeline), _run(choice, budget, measured, pipeline, part)):
         file_text += [*map(_line, group), ""]
     return "\n".join([*file_text, "[serve]", '# http = "127.0.0.1:8080"         # status page and metrics', ""])
 
@@ -79,12 +80,19 @@ def _encoders(pipeline: str | None) -> list[tuple[str, str]]:
     ]
 
 
-def _run(choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None) -> list[tuple[str, str]]:
+def _run(
+    choice: DataChoice, budget: BudgetChoice, measured: Measured, pipeline: str | None, part: str | None
+) -> list[tuple[str, str]]:
     million = measured.parameters / 1e6
     return [
         ("[run]", "lutetia run create"),
         ('name = "run"', "shown to people"),
         *([(f"pipeline = {json.dumps(pipeline)}", "the experts start from its transformer")] if pipeline else []),
+        *(
+            [(f"part = {json.dumps(part)}", "of the noise levels: high or low; a run trains one of the two transformers")]
+            if part
+            else []
+        ),
         ('addresses = ["127.0.0.1:41000"]', "where volunteers reach the coordinator; this one is for this machine only"),
         (
             f"samples_per_shard = {budget.samples}",

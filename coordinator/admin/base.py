@@ -27,7 +27,9 @@ def with_base(settings: RunSettings) -> tuple[RunSettings, dict[str, Path]]:
     from lutetia.models.experts.adapters.describe import adapted, describe_base
 
     wanted = expert.adapter
-    network, base, files = describe_base(wanted.base, wanted.dtype, wanted.serve)
+    network, base, files = describe_base(
+        wanted.base, wanted.dtype, wanted.serve, "transformer_2" if settings.part == "low" else "transformer"
+    )
     spec = adapted(network, base, wanted.rank, wanted.alpha, wanted.targets, wanted.dora)
     spec = spec.model_copy(update={"prediction": expert.prediction, "noise_schedule": expert.noise_schedule})
     return settings.model_copy(update={"expert": ExpertSpec.model_validate(spec.model_dump())}), files

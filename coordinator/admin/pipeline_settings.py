@@ -20,14 +20,24 @@ def with_pipeline(settings: RunSettings, latent: LatentSpec) -> RunSettings:
     Raises ConfigError: the pipeline cannot be used, a setting contradicts it, or the data were made by other models.
     """
     if settings.pipeline is None:
+        if settings.part is not None:
+            raise ConfigError(
+                "part was set without a pipeline; set pipeline (--from) to one with two transformers, or leave it out"
+            )
         return settings
-    from lutetia.models.sources.pipeline import mismatch, open_pipeline, sampling_of, time_shift
+    from lutetia.models.sources.pipeline import mismatch, open_pipeline, sampling_of, time_shift, transformer_of
 
     given = settings.expert
     for name in ("expert", "warm_start"):
         if name in settings.model_fields_set and not (given and given.adapter):
             raise ConfigError(f"both pipeline and {name} were set; leave {name} out to use the pipeline's transformer")
-    source = open_pipeline(settings.pipeline, weights=("transformer",))
+    source = open_pipeline(settings.pipeline)
+    part = source.noise_part(settings.part)
+    name = transformer_of(part)
+    if isinstance(given, ExpertSpec) and given.adapter:
+        _check_base(given.adapter.base.source, name, settings.pipeline)
+    else:
+        source = open_pipeline(source.model.text, weights=(name,))
     if problem := mismatch(source, latent):
         raise ConfigError(f"{problem}; build the data with --from {settings.pipeline}")
     optimisation, shift = settings.optimisation, time_shift(source, latent)
@@ -37,14 +47,24 @@ def with_pipeline(settings: RunSettings, latent: LatentSpec) -> RunSettings:
     sampling = sampling_of(source, settings.sampling)
     _log.info(
         "from pipeline %s (%s): %s, training times shifted by %.3g, sampled in %d steps by %s with guidance %g",
-        source.model.text, source.class_name, source.index["transformer"][1], optimisation.time.shift, sampling.steps,
+        source.model.text, source.class_name, name, optimisation.time.shift, sampling.steps,
         sampling.scheduler.class_name if sampling.scheduler else "Euler steps", sampling.guidance,
     )  # fmt: skip
-    expert, start = source.expert(latent.fps), source.part("transformer")
+    expert, start = source.expert(latent.fps, part), source.part(name)
     if given and given.adapter:  # its base holds the weights; the pipeline says how it is called
         kind = {name: getattr(expert, name) for name in ("prediction", "noise_schedule", "betas", "inputs")}
         expert, start = given.model_copy(update=kind), None
     return settings.model_copy(update={"expert": expert, "warm_start": start, "sampling": sampling, "optimisation": optimisation})
+
+
+def _check_base(base: str, transformer: str, pipeline: str) -> None:
+    """Raises ConfigError if the base of an adapter is the pipeline's other transformer."""
+    name = base.partition("@")[0].rpartition("/")[2]
+    if name in ("transformer", "transformer_2") and name != transformer:
+        raise ConfigError(
+            f"the adapter's base is the {name} of {base}, but the run trains the {transformer} of {pipeline}; "
+            f"set expert.adapter.base to the pipeline, or to its {transformer}"
+        )
 
 
 def with_first_frame(expert: ExpertSpec, settings: RunSettings) -> ExpertSpec:

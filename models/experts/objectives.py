@@ -18,7 +18,7 @@ from torch import Tensor
 from lutetia.models.experts.beta_table import table_flow_time, table_time
 from lutetia.models.experts.classes.family import TIMESTEPS
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
-from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, NoisePart
 from lutetia.protocol.schema.model.training_spec import TimeSampling
 
 Prediction = Literal["velocity", "sample", "epsilon"]
@@ -150,11 +150,27 @@ def with_first_frame(latents: Tensor, frame: Tensor, given: Tensor | None = None
     return torch.cat([frame, latents[:, :, 1:]], dim=2)
 
 
-def times(sampling: TimeSampling, uniforms: Tensor) -> Tensor:
-    """Flow times [B] of the run's distribution from uniforms [B] in (0, 1): a logit-normal, then the resolution shift."""
+def times(sampling: TimeSampling, uniforms: Tensor, part: NoisePart | None = None) -> Tensor:
+    """Flow times [B] of the run's distribution from uniforms [B] in (0, 1): a logit-normal, then the resolution shift.
+
+    With a part of the noise levels these are the times of that distribution that lie in it.
+    """
+    if part is None:
+        return _times(sampling, uniforms)
+    low, high = (_share_below(sampling, bound) for bound in part.span)
+    return _times(sampling, low + (high - low) * uniforms.double()).clamp(*part.span)
+
+
+def _times(sampling: TimeSampling, uniforms: Tensor) -> Tensor:
     normal = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
     s = torch.sigmoid(sampling.mean + sampling.std * normal)
     return shift_time(s, sampling.shift).float()
+
+
+def _share_below(sampling: TimeSampling, t: float) -> Tensor:
+    """The share of the run's flow times below t: the inverse of `_times`."""
+    s = torch.tensor(t / (sampling.shift - (sampling.shift - 1) * t), dtype=torch.float64)
+    return torch.special.ndtr((torch.logit(s) - sampling.mean) / sampling.std)
 
 
 def shift_time(s: Tensor, shift: float) -> Tensor:

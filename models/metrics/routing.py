@@ -46,10 +46,15 @@ class Routing(Frozen):
 
 
 def routing_figures(weights: Tensor) -> Routing:
-    """Figures of the experts' weights [steps, N, K] that sampling returns. Raises DataError on another shape."""
+    """Figures of the experts' weights [steps, N, K] that sampling returns. Raises DataError on another shape.
+
+    Steps without weights, which a model of the other part of the noise levels made, do not count.
+    """
     if weights.ndim != 3 or weights.numel() == 0:
         raise DataError(f"routing must be the weights [steps, clips, experts], not {list(weights.shape)}; sample again")
     shares = weights.double()
+    asked = shares.sum((1, 2)) > 0
+    shares = shares[asked] if asked.any() else shares
     load = shares.mean(dim=(0, 1))
     leaders = shares.argmax(dim=-1)
     changes = (leaders[1:] != leaders[:-1]).double().sum(dim=0).mean() if len(leaders) > 1 else torch.tensor(0.0)

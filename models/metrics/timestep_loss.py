@@ -24,7 +24,9 @@ ROWS = 32  # clips per forward pass; the noise of a row does not depend on it
 class TimedLoss(Frozen):
     """A held-out loss, overall and by timestep."""
 
-    loss: float = Field(description="squared error of the velocity per element, mean over clips and noises, t uniform in (0, 1)")
+    loss: float = Field(
+        description="squared error of the velocity per element, mean over clips and noises, t uniform in (0, 1) or its part"
+    )
     by_time: tuple[float | None, ...] = Field(
         min_length=BINS, max_length=BINS, description="means in ten equal bins of t, from 0 (data) to 1 (noise); none: empty bin"
     )
@@ -56,6 +58,8 @@ def flow_losses(
     rows = torch.arange(len(clips)).repeat_interleave(noises)
     draw = stream("held-out flow loss", 0, 0, seed, "rows")
     t = ((torch.from_numpy(draw.permutation(count)) + torch.from_numpy(draw.random(count))) / count).float()
+    if part := pipeline.transformer.noise_part:
+        t = part.span[0] + (part.span[1] - part.span[0]) * t
     noise = normals(draw, (count, *latents.shape[1:]))
     names = ["mixture", *(["right expert"] if labels is not None else [])]
     experts = pipeline.transformer.config["experts"]

@@ -57,6 +57,10 @@ def _introduction(manifest: Manifest, entries: Sequence[ExpertEntry]) -> Iterato
         "",
         "No code of this folder is run.",
     )
+    if part := manifest.expert.noise_part:
+        span = f"from {part.boundary:g} on" if part.side == "high" else f"below {part.boundary:g}"
+        yield f"The experts were trained for {part.side} noise (flow times {span}). The other steps are made by the pipeline's"
+        yield 'own transformer, or by a mixture for them: `pipe.pair_with("path/to/it")`.'
     if manifest.adapter:
         yield f"Every adapter also loads alone into a diffusers pipeline of the base ({first.class_name}), by"
         yield f'`load_lora_weights("path/to/this/folder/{first.folder}")`.'

@@ -12,6 +12,7 @@ from lutetia.models.experts.objectives import shift_time, with_first_frame
 from lutetia.models.mixing.stock.solvers import EulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode, combine, noised_first_frame
 from lutetia.models.randomness import normals, seed_of, stream
+from lutetia.system.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ StepDone = Callable[[int, SamplingState], SamplingState | None]
 
 @dataclass(frozen=True)
 class SampledLatents:
-    """`latents [N, C, F, H, W]`, and the experts' weights at every step that was taken, `routing [steps, N, K]`."""
+    """`latents [N, C, F, H, W]`, and the experts' weights at every step that was taken, `routing [steps, N, K]`.
+
+    The weights are 0 in steps that a model of the other part of the noise levels made.
+    """
 
     latents: Tensor
     routing: Tensor
@@ -74,6 +78,7 @@ def sample(
     seeds: Sequence[int] | None = None,
     on_step: StepDone | None = None,
     first_frame: Tensor | None = None,
+    other: MixtureTransformer | None = None,
 ) -> SampledLatents:
     """Integrate the flow from `noise` to data.
 
@@ -92,11 +97,17 @@ def sample(
         seeds: one per clip, for `sticky`.
         on_step: called after every step; may replace the state or stop the sampling.
         first_frame: latents of the clips' first frame, which the experts continue, [N, C, 1, H, W].
+        other: what is asked at the noise levels that experts for a part of them do not have. Its weights are not returned.
+
+    Raises UsageError without `other` for experts for a part of the noise levels.
     """
+    if (mixture.noise_part is None) != (other is None):
+        raise UsageError("experts for a part of the noise levels make clips only together with a model of the other part")
     null_tokens, null_pooled = negative or (torch.zeros_like(tokens), torch.zeros_like(pooled))
     state = SamplingState(noise, tokens, pooled, null_tokens, null_pooled)
-    mixture.begin()
-    routing = []
+    for each in (mixture, other) if other else (mixture,):
+        each.begin()
+    routing, before = [], mixture
     solver = EulerSolver(times) if isinstance(times, Tensor) else times
     for step, now in enumerate(solver.times.tolist()):
         x = solver.latents(step, state.latents)
@@ -105,10 +116,15 @@ def sample(
         if first_frame is not None:
             x = with_first_frame(x, first_frame)
             seen = noised_first_frame(x, t)
-        weights = _decide(mixture, seen.to(state.tokens.dtype), t, state.pooled, mode, expert, seeds)
-        flow = _guided_velocity(mixture, replace(state, latents=x), t, weights, guidance)
+        asked = other if other and mixture.noise_part and not mixture.noise_part.holds(now) else mixture
+        if asked is not before and before.experts_in_memory is not None:
+            before.free_experts()
+        before = asked
+        only = expert if asked.count == mixture.count else None
+        weights = _decide(asked, seen.to(state.tokens.dtype), t, state.pooled, mode, only, seeds)
+        flow = _guided_velocity(asked, replace(state, latents=x), t, weights, guidance)
         state = replace(state, latents=solver.advance(step, state.latents, flow))
-        routing.append(weights.float().cpu())
+        routing.append(weights.float().cpu() if asked is mixture else torch.zeros(len(x), mixture.count))
         changed = on_step(step, state) if on_step else state
         if changed is None:
             break

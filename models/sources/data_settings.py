@@ -12,7 +12,7 @@ from lutetia.models.data.encode.text_encoder import TextEncoder
 from lutetia.models.experts.families import check_fits
 from lutetia.models.sources.pipeline import PipelineSource, open_pipeline
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
-from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
+from lutetia.protocol.schema.model.pipeline_spec import SIDES, TextRecipe
 from lutetia.system.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,14 @@ def check_tokenizer(encoder: TextEncoder) -> None:
 
 
 def _check_expert(source: PipelineSource, settings: BuildSettings) -> None:
-    """Raises ConfigError if the pipeline's transformer cannot take the latents and texts that would be built."""
+    """Raises ConfigError if the pipeline's transformers cannot take the latents and texts that would be built."""
     latents = load_latents(settings.latents)
     channels, frames, height, width = latents.shape_of(settings.frames, settings.height, settings.width)
     encoder = load_text_encoder(settings.text, settings.text_tokens or 1, source.text)
-    check_fits(source.expert(settings.fps), LatentSpec(
+    latent = LatentSpec(
         channels=channels, frames=frames, height=height, width=width, vae=settings.latents, pixel_frames=settings.frames,
         pixel_height=settings.height, pixel_width=settings.width, fps=settings.fps, text_encoder=settings.text,
         text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width, text=source.text,
-    ))  # fmt: skip
+    )  # fmt: skip
+    for side in SIDES if len(source.transformers) > 1 else (None,):
+        check_fits(source.expert(settings.fps, source.noise_part(side)), latent)

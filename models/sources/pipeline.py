@@ -20,7 +20,7 @@ from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convent
 from lutetia.protocol.schema.manifest import first_problem
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
-from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, SchedulerSpec, TextRecipe
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, NoisePart, SchedulerSpec, Side, TextRecipe
 from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.system.errors import ConfigError
 
@@ -29,7 +29,15 @@ _INDEX = "model_index.json"
 _FLOW = "FlowMatchEulerDiscreteScheduler"
 _PREDICTIONS = {"v_prediction": "velocity", "epsilon": "epsilon", "sample": "sample"}
 
+PARTS_OF_NOISE: Mapping[Side, str] = {"high": "transformer", "low": "transformer_2"}
+"""Of a pipeline with two transformers: which of them has which noise levels."""
+
 log = logging.getLogger(__name__)
+
+
+def transformer_of(part: NoisePart | None) -> str:
+    """The name of the transformer for a part of the noise levels; None: for all of them."""
+    return PARTS_OF_NOISE[part.side if part else "high"]
 
 
 @dataclass(frozen=True)
@@ -69,30 +77,54 @@ class PipelineSource:
         """Tokens of a caption: what the transformer's config fixes, else the default of the pipeline's call."""
         return int(self.config("transformer").get("max_text_seq_length") or self.convention.tokens)
 
-    def expert(self, fps: float) -> ExpertSpec:
-        """The expert that its transformer is, for clips of `fps` frames per second. Raises ConfigError."""
-        config, scheduler = self.config("transformer"), self.config("scheduler")
+    @property
+    def transformers(self) -> tuple[str, ...]:
+        """The names of its transformers: one, or those for high and for low noise."""
+        return tuple(name for name in PARTS_OF_NOISE.values() if _given(self.index.get(name)))
+
+    def noise_part(self, side: Side | None) -> NoisePart | None:
+        """The part of the noise levels that is trained; None where one transformer has all. Raises ConfigError."""
+        ref, boundary = self.model.text, self.index.get("boundary_ratio")
+        if boundary is None:
+            if side is not None:
+                raise ConfigError(f"{WHAT} {ref!r} has one transformer for all noise levels; leave part (--part) out")
+            return None
+        if side is None:
+            raise ConfigError(
+                f"{WHAT} {ref!r} has two transformers, one for high and one for low noise, of which a run trains one; "
+                "say which with part (--part high or --part low)"
+            )
+        return NoisePart(side=side, boundary=boundary)
+
+    def expert(self, fps: float, part: NoisePart | None = None) -> ExpertSpec:
+        """The expert that its transformer is, that of `part` where it has two, for clips of `fps` frames per second.
+
+        Raises ConfigError.
+        """
+        name = transformer_of(part)
+        config, scheduler = self.config(name), self.config("scheduler")
         betas = None if is_flow(self._scheduler_class, scheduler) else betas_of(scheduler)
         kind = str(scheduler.get("prediction_type", "epsilon"))
         if betas and kind not in _PREDICTIONS:
             raise ConfigError(f"{WHAT} {self.model.text!r} predicts {kind!r}, which is not supported; use another pipeline")
         try:
             return ExpertSpec(
-                class_name=str(self.index["transformer"][1]), config=config, betas=betas, inputs=self._inputs(fps),
+                class_name=str(self.index[name][1]), config=config, betas=betas, inputs=self._inputs(fps, part),
                 prediction=_PREDICTIONS[kind] if betas else "velocity",  # pyright: ignore[reportArgumentType]
             )  # fmt: skip
         except ValidationError as error:
             raise ConfigError(f"{WHAT} {self.model.text!r} cannot be used: {first_problem(error)}; use another") from error
 
-    def _inputs(self, fps: float) -> ExpertInputs:
+    def _inputs(self, fps: float, part: NoisePart | None) -> ExpertInputs:
         scale = None
         if self.index["transformer"][1] == "LTXVideoTransformer3DModel":
             space, time = ltx_ratios(self.config("vae"))
             scale = (time / fps, float(space), float(space))
         reverse = bool(self.config("scheduler").get("invert_sigmas"))
         return ExpertInputs(
-            masked=self.convention.masked, rope_scale=scale, reversed=reverse, first_frame=self.convention.first_frame
-        )
+            masked=self.convention.masked, rope_scale=scale, reversed=reverse, first_frame=self.convention.first_frame,
+            noise_part=part,
+        )  # fmt: skip
 
     def sampling(self) -> dict[str, Any]:
         """Values of a SamplingSpec: steps, guidance and scheduler of the pipeline. Raises ConfigError."""
@@ -123,8 +155,8 @@ def open_pipeline(ref: str, hub: bool = True, weights: tuple[str, ...] = ()) -> 
         hub: whether a hub id may be downloaded; otherwise only what was downloaded before is used.
         weights: components whose weights are needed. The files of others are not downloaded, but for their configurations.
 
-    Raises ConfigError: there is no such pipeline; its class, or that of a part, is not supported; it has two transformers; or its
-    weights are pickled only.
+    Raises ConfigError: there is no such pipeline; its class, or that of a part, is not supported; or its weights are pickled
+    only.
     """
     model = parse_ref(ref, WHAT, (), hub)
     if model.folder is None:
@@ -148,17 +180,17 @@ def _check(ref: str, class_name: str, index: Mapping[str, Any]) -> None:
     if class_name not in CONVENTIONS:
         known = ", ".join(sorted(CONVENTIONS))
         raise ConfigError(f"{WHAT} {ref!r} is a {class_name}, which is not supported; use one of {known}")
-    if _given(index.get("transformer_2")) or index.get("boundary_ratio") is not None:
-        raise ConfigError(
-            f"{WHAT} {ref!r} has two transformers, one for high and one for low noise, which is not supported; "
-            "use one with a single transformer, such as Wan 2.1 or Wan 2.2 TI2V-5B"
-        )
+    boundary, transformers = index.get("boundary_ratio"), ["transformer"]
+    if boundary is not None or _given(index.get("transformer_2")):
+        transformers.append("transformer_2")
+        if not (isinstance(boundary, float) and 0 < boundary < 1):
+            raise ConfigError(f"{WHAT} {ref!r} has a boundary_ratio of {boundary} between its two transformers; name another")
     if class_name == "WanImageToVideoPipeline" and not index.get("expand_timesteps"):
         raise ConfigError(
             f"{WHAT} {ref!r} is a {class_name} that takes its first frame in channels of its own, which is not supported; "
             "use one that takes it as a frame at time 0, such as Wan 2.2 TI2V-5B"
         )
-    for part in ("transformer", "scheduler", "vae", "text_encoder", "tokenizer"):
+    for part in (*transformers, "scheduler", "vae", "text_encoder", "tokenizer"):
         if not _given(index.get(part)):
             raise ConfigError(f"{WHAT} {ref!r} has no {part}; name a whole pipeline")
 

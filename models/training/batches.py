@@ -64,7 +64,8 @@ class Batches:
         self._run, self._shard, self._data = manifest.run_id, shard, data
         self._lane, self._lanes = lane, manifest.lanes
         self._steps, self._settings = manifest.steps_per_epoch, manifest.optimisation
-        self._first_frame = manifest.expert_of(shard).first_frame
+        expert = manifest.expert_of(shard)
+        self._first_frame, self._part = expert.first_frame, expert.noise_part
         self._order = BatchOrder(manifest.run_id, shard, tuple(data.sizes), manifest.optimisation.batch)
 
     def at(self, epoch: int, step: int) -> Batch:
@@ -83,7 +84,7 @@ class Batches:
         return Batch(
             latents=clips.latents,
             noise=normals(stream(*place, of_lane("noise", self._lane)), tuple(clips.latents.shape)),
-            time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size)),
+            time=times(self._settings.time, torch.from_numpy((np.arange(size) + jitter) / size), self._part),
             tokens=_or_null(clips.tokens, kept, null[0]),
             pooled=_or_null(clips.pooled, kept, null[1]),
             given=first_frames_given(

@@ -237,7 +237,8 @@ def holdout_rows(
     numbers = stream(draw or manifest.run_id, shard, 0, 0, "holdout")
     clips = torch.arange(len(data)).repeat_interleave(noises)
     strata = torch.from_numpy(numbers.permutation(count))
-    t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count)
+    part = manifest.expert_of(shard).noise_part
+    t = times(manifest.optimisation.time, (strata + torch.from_numpy(numbers.random(count))) / count, part)
     shapes = [latent.shape for latent in manifest.latent.of_buckets]
     blocks = tuple(normals(numbers, (size * noises, *shape)) for size, shape in zip(data.sizes, shapes, strict=False))
     return clips, RowNoise(blocks), t

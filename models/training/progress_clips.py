@@ -17,6 +17,7 @@ from lutetia.models.mixing.denoisers import ExpertCall, module_denoiser
 from lutetia.models.mixing.sampling import initial_noise, time_grid
 from lutetia.models.training.kernels.use import uncompiled
 from lutetia.models.training.trainer import ExpertTrainer
+from lutetia.system.errors import ConfigError
 
 MOST_CLIPS = 4
 
@@ -26,11 +27,14 @@ class ProgressClips:
 
     The text encoder is used once and dropped. Nothing is downloaded.
 
-    Raises ConfigError at the start if text encoder or autoencoder are not on this machine.
+    Raises ConfigError at the start if text encoder or autoencoder are not on this machine, or if the expert has a part of the
+    noise levels alone.
     """
 
     def __init__(self, trainer: ExpertTrainer) -> None:
         manifest = trainer.manifest
+        if trainer.spec.noise_part:
+            raise ConfigError("the expert has a part of the noise levels, so that it makes no clips alone; sample the mixture")
         self.prompts: tuple[str, ...] = manifest.sampling.prompts[:MOST_CLIPS]
         latent = manifest.latent
         encoder = load_text_encoder(latent.text_encoder, latent.text_tokens, latent.text, hub=False)

@@ -18,8 +18,10 @@ COMPACT = "compact-checkpoints"
 FIRST_FRAME = "first-frame"
 LANES = "lanes"
 CAPTIONS = "captions"
+NOISE_PARTS = "noise-parts"
 CAPABILITIES: tuple[str, ...] = (
     "unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT, LANES, FIRST_FRAME, CAPTIONS,
+    NOISE_PARTS,
 )  # fmt: skip
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.
@@ -27,7 +29,8 @@ CAPABILITIES: tuple[str, ...] = (
 `loss-weights`: weighs losses as the manifest says. `compact-checkpoints`: writes and reads checkpoints in the compact form.
 `lanes`: trains, replays and merges the lanes of an epoch.
 `first-frame`: trains experts with the first frame of some samples given.
-`captions`: draws one of a clip's captions in each step."""
+`captions`: draws one of a clip's captions in each step.
+`noise-parts`: trains experts at a part of the noise levels alone."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

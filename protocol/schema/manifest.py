@@ -8,7 +8,16 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from lutetia.protocol.schema.canonical import Frozen, WireDocument, canonical, digest_of
-from lutetia.protocol.schema.capabilities import ADAPTERS, CAPABILITIES, COMPACT, FIRST_FRAME, LANES, LOSS_WEIGHTS, Capabilities
+from lutetia.protocol.schema.capabilities import (
+    ADAPTERS,
+    CAPABILITIES,
+    COMPACT,
+    FIRST_FRAME,
+    LANES,
+    LOSS_WEIGHTS,
+    NOISE_PARTS,
+    Capabilities,
+)
 from lutetia.protocol.schema.fields import (
     MOST_SHARDS,
     Bytes,
@@ -178,6 +187,10 @@ class Manifest(WireDocument):
         experts = (self.expert, *(shard.expert for shard in self.shards if shard.expert))
         if any(expert.first_frame is not None for expert in experts) and FIRST_FRAME not in self.needs:
             raise ValueError(f"experts that are given first frames need the capability {FIRST_FRAME}; add it to needs")
+        if any(expert.noise_part != self.expert.noise_part for expert in experts):
+            raise ValueError("all experts of a run must be for the same part of the noise levels")
+        if self.expert.noise_part and NOISE_PARTS not in self.needs:
+            raise ValueError(f"experts for a part of the noise levels need the capability {NOISE_PARTS}; add it to needs")
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:
@@ -226,7 +239,10 @@ class Manifest(WireDocument):
 
 def needed_capabilities(expert: ExpertSpec, optimisation: Optimisation) -> tuple[str, ...]:
     """What a peer must be able to do to take part in a run of such experts that are trained so."""
-    needed = ((ADAPTERS, expert.adapter), (LOSS_WEIGHTS, optimisation.weighting), (FIRST_FRAME, expert.first_frame is not None))
+    needed = (
+        (ADAPTERS, expert.adapter), (LOSS_WEIGHTS, optimisation.weighting), (FIRST_FRAME, expert.first_frame is not None),
+        (NOISE_PARTS, expert.noise_part),
+    )  # fmt: skip
     return tuple(capability for capability, used in needed if used)
 
 

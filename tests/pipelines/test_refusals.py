@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from lutetia.coordinator.admin.base import with_base
 from lutetia.coordinator.admin.pipeline_settings import with_pipeline
 from lutetia.models.data.build import build_data
 from lutetia.models.data.encode.latents import load_latents
@@ -68,6 +69,10 @@ def with_other_latents(folder: Path) -> None:
     edit(folder / "transformer" / "config.json", in_channels=48, out_channels=48)
 
 
+def with_a_second_transformer(folder: Path) -> None:
+    edit(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+
+
 def with_cosine_betas(folder: Path) -> None:
     edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     edit(folder / "scheduler" / "scheduler_config.json", use_flow_sigmas=False, prediction_type="epsilon", beta_schedule="x")
@@ -87,6 +92,7 @@ def without_tokenizer(folder: Path) -> None:
         (with_another_transformer, "WanVACETransformer3DModel' is not supported: it needs a control clip"),
         (with_another_text_width, "text_dim is 4096 but the run's data need 32"),
         (with_other_latents, "in_channels is 48 but the run's latents have 16"),
+        (with_a_second_transformer, "has a boundary_ratio of None between its two transformers"),
         (with_cosine_betas, "noise schedule 'x' of the scheduler is not supported"),
         (without_tokenizer, "cannot load the tokenizer of text encoder"),
     ],
@@ -104,7 +110,6 @@ def test_pipeline_that_cannot_be_used_is_refused_before_clips_are_read(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("wan22-a14b", "has two transformers, one for high and one for low noise"),
         ("wan21-i2v", "is a WanImageToVideoPipeline that takes its first frame in channels of its own, which is not supported"),
     ],
 )
@@ -115,6 +120,27 @@ def test_pipelines_for_other_tasks_are_refused(name: str, says: str, tmp_path: P
     ):
         with pytest.raises(ConfigError, match=says):
             refuse()
+
+
+def test_run_says_which_of_two_transformers_it_trains(tmp_path: Path) -> None:
+    latent = latent_of("wan22-a14b", tmp_path)
+    low = with_pipeline(run_settings("wan22-a14b", part="low"), latent)
+    assert low.warm_start == f"{pipeline_folder('wan22-a14b')}/transformer_2"
+    adapter = {"base": f"{pipeline_folder('wan22-a14b')}/transformer", "dtype": "float32"}
+    for settings, says in (
+        (
+            run_settings("wan22-a14b", part=None),
+            "has two transformers, one for high .*; say which with part",
+        ),
+        (run_settings("wan21", part="low"), "has one transformer for all noise levels; leave part"),
+        (run_settings("wan21", part="low", pipeline=None), "part was set without a pipeline"),
+        (
+            with_base(run_settings("wan22-a14b", part="low", expert={"adapter": adapter}))[0],
+            "the adapter's base is the transformer of .*, but the run trains the transformer_2 of .*; set expert.adapter.base",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            with_pipeline(settings, latent)
 
 
 @pytest.mark.parametrize("name", sorted(OTHER_TASKS))

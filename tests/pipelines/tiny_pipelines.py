@@ -214,10 +214,10 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan": _hunyuan,
     "mochi": _mochi,
     "skyreels-v2": _skyreels,
+    "wan22-a14b": _wan_a14b,
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
-    "wan22-a14b": _wan_a14b,
     "wan21-i2v": _wan_i2v,
 }
 """Of the parts of another one, or refused."""

@@ -35,7 +35,7 @@ def find_base(base: BaseSpec, folder: Path | None = None, store: BlobStore | Non
 
     Args:
         base: what the manifest names.
-        folder: that the user names; the base must be in it, or in its folder `transformer`.
+        folder: that the user names; the base must be in it, or in its folder `transformer`, or `transformer_2` if the base is.
         store: of blobs, whose digests were compared when they came.
 
     Raises ConfigError when `folder` lacks a file or holds another.
@@ -87,8 +87,9 @@ def _remedy(base: BaseSpec) -> str:
 
 def _in_folder(base: BaseSpec, folder: Path) -> dict[str, Path]:
     folder = folder.expanduser().absolute()
-    if not any((folder / name).is_file() for name in base.files) and (folder / "transformer").is_dir():
-        folder = folder / "transformer"
+    part = "transformer_2" if base.source.partition("@")[0].rpartition("/")[2] == "transformer_2" else "transformer"
+    if not any((folder / name).is_file() for name in base.files) and (folder / part).is_dir():
+        folder = folder / part
     files = {name: folder / name for name in base.files}
     check_files(base, files)
     return files

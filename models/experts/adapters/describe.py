@@ -17,19 +17,22 @@ _WHAT = "base"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def describe_base(text: str, dtype: BaseDtype, served: bool) -> tuple[ExpertSpec, BaseSpec, dict[str, Path]]:
+def describe_base(
+    text: str, dtype: BaseDtype, served: bool, part: str = "transformer"
+) -> tuple[ExpertSpec, BaseSpec, dict[str, Path]]:
     """The network of the base, its description, and its files on this machine.
 
     Args:
         text: folder of a transformer or of a pipeline, or hub id `owner/name[/folder][@revision]`; fetched if it is not here.
         dtype: how it is to be kept.
         served: whether the coordinator will serve its files.
+        part: which transformer of a pipeline's folder.
 
     Raises ConfigError when there is none, its class cannot be trained, or it has no safetensors weights.
     """
     model = parse_ref(text, _WHAT, ())
     if model.folder and (model.folder / "model_index.json").is_file():
-        model = replace(model, location=str(model.folder / "transformer"))
+        model = replace(model, location=str(model.folder / part))
     config = read_config(_WHAT, model)
     class_name = str(config.get("_class_name"))
     if class_name not in FAMILIES:

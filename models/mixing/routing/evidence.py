@@ -83,7 +83,9 @@ def draw_rows(manifest: Manifest, holdouts: Sequence[ClipReader], draw: str) -> 
     priors = np.array([shard.prior for shard in manifest.shards])
     shards = numbers.choice(len(holdouts), size=MOST_ROWS, p=priors / priors.sum()).tolist()
     clips = [int(numbers.integers(len(holdouts[shard]))) for shard in shards]
-    times = torch.from_numpy(_ENDS + (1 - 2 * _ENDS) * numbers.random(MOST_ROWS)).float()
+    low, high = manifest.expert.noise_part.span if manifest.expert.noise_part else (0.0, 1.0)
+    low, high = max(low, _ENDS), min(high, 1 - _ENDS)
+    times = torch.from_numpy(low + (high - low) * numbers.random(MOST_ROWS)).float()
     return _Rows(shards, clips, times, draw)
 
 

@@ -12,7 +12,7 @@ from lutetia.protocol.schema.fields import (
 )
 from lutetia.protocol.schema.model.adapter import AdapterSpec
 from lutetia.protocol.schema.model.blob_ref import BlobRef
-from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs
+from lutetia.protocol.schema.model.pipeline_spec import BetaSchedule, Config, ExpertInputs, NoisePart
 
 
 class ExpertSpec(WireDocument):
@@ -37,3 +37,8 @@ class ExpertSpec(WireDocument):
     def first_frame(self) -> float | None:
         """Share of samples that are trained with their first frame given; None: the expert takes no first frames."""
         return self.inputs.first_frame if self.inputs else None
+
+    @property
+    def noise_part(self) -> NoisePart | None:
+        """The part of the noise levels that it is trained at; None: all of them."""
+        return self.inputs.noise_part if self.inputs else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -10,6 +10,8 @@ from lutetia.protocol.schema.canonical import WireDocument, bounded_json
 from lutetia.protocol.schema.fields import Positive, Rate, Share, added
 
 _LARGEST_SETTING = 1e9
+_ROUNDING = 1e-6
+"""Of a flow time in float32: a step that stands at the boundary is one of the high part, as in diffusers' pipeline."""
 
 
 def _bounded_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -24,6 +26,8 @@ def _bounded_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 Config = Annotated[dict[Annotated[str, Field(max_length=64)], Any], Field(max_length=64), AfterValidator(_bounded_config)]
+Side = Literal["high", "low"]
+SIDES: tuple[Side, ...] = get_args(Side)
 Component = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9_]{1,64}$")]
 """The folder of a part of a pipeline."""
 
@@ -39,6 +43,22 @@ class BetaSchedule(WireDocument):
     steps: int = Field(default=1000, ge=2, le=10_000, description="Training timesteps")
     snr_shift: Positive = Field(default=1.0, description="Divides the signal-to-noise ratio; 1: no shift")
     zero_snr: bool = Field(default=False, description="Whether the last timestep is pure noise")
+
+
+class NoisePart(WireDocument):
+    """A part of the noise levels: that of one of the two transformers of Wan 2.2 A14B."""
+
+    side: Side = Field(description="Whether it holds the flow times from `boundary` on, or those below it")
+    boundary: float = Field(gt=0, lt=1, description="Flow time between the two parts, 0 (data) to 1 (noise)")
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Its lowest and its highest flow time."""
+        return (self.boundary, 1.0) if self.side == "high" else (0.0, self.boundary)
+
+    def holds(self, time: float) -> bool:
+        """Whether this flow time, in float32, is one of its own."""
+        return (time >= self.boundary - _ROUNDING) == (self.side == "high")
 
 
 class ExpertInputs(WireDocument):
@@ -57,6 +77,9 @@ class ExpertInputs(WireDocument):
         None,
         "Share of samples that are trained with their first latent frame given, clean and at time 0, as Wan 2.2 TI2V and "
         "LTX-Video take a picture; null: none, and no pictures",
+    )
+    noise_part: NoisePart | None = added(
+        None, "Part of the noise levels that the expert is trained and asked at; another model has the rest; null: all of them"
     )
 
 
