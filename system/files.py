@@ -102,6 +102,20 @@ def atomic_path(target: Path, mode: int = 0o644) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def part_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder in `parent` for files that nobody needs later. It is removed at the end; after a kill `sweep_parts` removes it.
+
+    Raises DiskError when it cannot be made.
+    """
+    with disk_errors(parent):
+        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep_parts(folder: Path) -> None:
     """Remove the half-written files of killed processes in `folder` and below. Call it with the folder's lock, before writing.
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from lutetia.node.device_settings import torch_cards
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.protocol.schema.manifest import Manifest
 from lutetia.system import tether
+from lutetia.system.files import part_folder
 
 KERNEL_SECONDS = 90.0
 """Most seconds that measuring takes for one kind of expert."""
@@ -108,10 +108,10 @@ def measure(order: KernelOrder, kernels: Sequence[Kernels], until: float) -> lis
 
 def _in_a_process(order: KernelOrder, seconds: float) -> tuple[list[KernelTrial], int | None]:
     """(what a process showed, its exit code; None if its time was over)."""
-    with tempfile.TemporaryDirectory(prefix="lutetia-kernels-", ignore_cleanup_errors=True) as folder:
+    with part_folder(order.manifest.parent, "kernels") as folder:
         process = subprocess.Popen(
             tether.command(sys.executable, "-m", _MODULE), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}, start_new_session=True,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "TMPDIR": str(folder)}, start_new_session=True,
         )  # fmt: skip
         assert process.stdin
         assert process.stdout

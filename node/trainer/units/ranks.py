@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from lutetia.node.device_settings import torch_cards
 from lutetia.node.trainer.assignment import EXIT_CODES, Assignment
 from lutetia.protocol.schema.canonical import Frozen, canonical
 from lutetia.system import tether
+from lutetia.system.files import part_folder
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def unit_of(assignment: Assignment, limit: int | None) -> Iterator[Split | None]
     if len(cards) == 1:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="lutetia-unit-") as folder:
-        meeting, ended = Path(folder) / "meeting", threading.Event()
+    with part_folder(assignment.manifest.parent, "unit") as folder:
+        meeting, ended = folder / "meeting", threading.Event()
         orders = [RankOrder(rank=rank, meeting=meeting, limit=limit, assignment=assignment) for rank in range(1, len(cards))]
         ranks = [start_rank(order) for order in orders]
         for rank, process in enumerate(ranks, 1):
@@ -104,8 +104,8 @@ def _watch(rank: int, card: str, process: subprocess.Popen[bytes], ended: thread
 def run_trial(trial: UnitTrial, limit: int | None) -> tuple[float | None, int]:
     """Let fresh ranks try a plan: (samples per second, or None; exit code of the first rank that failed, or 0)."""
     cards = torch_cards(trial.device)
-    with tempfile.TemporaryDirectory(prefix="lutetia-unit-") as folder:
-        meeting = Path(folder) / "meeting"
+    with part_folder(trial.manifest.parent, "unit") as folder:
+        meeting = folder / "meeting"
         orders = [RankOrder(rank=rank, meeting=meeting, limit=limit, trial=trial) for rank in range(len(cards))]
         ranks = [start_rank(order, subprocess.PIPE if order.rank == 0 else None) for order in orders]
         try:

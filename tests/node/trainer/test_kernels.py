@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lutetia.models.training.kernels.choice import LOSSES_APART, PLAIN_KERNELS, Kernels
 from lutetia.node.trainer.kernels import measuring
 from lutetia.node.trainer.kernels.measuring import KernelOrder, kernels_for, measure, shapes_of
 from lutetia.node.trainer.probe import ProbeQuestion, probe, question_digest
+from lutetia.system import tether
+from lutetia.system.files import sweep_parts
+from tests.child_environment import child_environment
 from tests.node.tiny_run import make_run
 
 WAYS = (PLAIN_KERNELS, Kernels(attention="math"), Kernels(attention="cudnn"))
@@ -38,6 +44,32 @@ def test_process_that_crashes_costs_one_way_and_late_ones_are_not_measured(
     monkeypatch.setattr(measuring, "_MODULE", "lutetia.no_such_module")
     crashed = measure(order, WAYS[:2], time.monotonic() + 60)
     assert [trial.problem for trial in crashed] == ["its process ended with exit code 1"] * 2
+
+
+def test_killed_probe_leaves_only_what_the_next_start_removes(tmp_path: Path) -> None:
+    run, elsewhere = make_run(tmp_path / "run"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    order = KernelOrder(manifest=run.manifest_file, shard=0, device="cpu", micro_batch=4, threads=1)
+    code = (
+        "import sys; from lutetia.node.trainer.kernels.measuring import *; "
+        "measure(KernelOrder.model_validate_json(sys.argv[1]), (PLAIN_KERNELS,), time.monotonic() + 300)"
+    )
+    command = [*tether.command(sys.executable), "-c", code, order.model_dump_json()]
+    measuring_process = subprocess.Popen(command, env=child_environment(TMPDIR=str(elsewhere)))
+    family = psutil.Process(measuring_process.pid)
+    deadline = time.monotonic() + 120
+    while not family.children():  # it was started with the folder of its compiler
+        assert measuring_process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # nothing tells of a child of another process
+    children = family.children()
+    measuring_process.kill()
+    measuring_process.wait()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert list(run.folder.glob(".kernels.*.part"))
+    assert not list(elsewhere.iterdir())
+    sweep_parts(run.folder)  # as a node does when it starts
+    assert not list(run.folder.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import psutil
 from lutetia.node.trainer.checkpoint_folder import KeptCheckpoint
 from lutetia.node.trainer.messages import AllowTraining, StopTraining
 from lutetia.node.trainer.probe import ProbeQuestion, probe
+from lutetia.system.files import sweep_parts
 from tests.node.scripted_coordinator import all_gone, children_of
 from tests.node.tiny_run import make_run, next_message, trainer_process
 
@@ -30,6 +31,9 @@ async def test_killed_rank_ends_the_unit_and_the_next_goes_on_from_its_checkpoin
         async with asyncio.timeout(60):
             assert await child.process.wait() == 70
         await all_gone(ranks)
+    assert list(run.folder.glob(".unit.*.part")), "by which the ranks met"
+    sweep_parts(run.folder)  # as a node does when it starts
+    assert not list(run.folder.glob(".unit.*"))
     folder = work.epoch_folder(1)
     again = run.assignment(
         work, device=UNIT, micro_batch=1, epoch=1, parent=kept.digest, until=2,
@@ -44,6 +48,7 @@ async def test_killed_rank_ends_the_unit_and_the_next_goes_on_from_its_checkpoin
         assert (await next_message(child, "exit"))["reason"] == "stopped"
         assert await child.process.wait() == 0
         await all_gone(ranks)
+    assert not list(run.folder.glob(".unit.*")), "nothing is left where it was not killed"
 
 
 async def test_probe_tries_a_unit_on_all_its_cards(tmp_path: Path):
