@@ -23,6 +23,10 @@ _FRAGMENTS = 0.05
 """Share of what comes and goes within a step that an allocator loses between tensors."""
 _BACKWARD = 1.25
 """Bytes of a block's backward pass over those that it keeps: gradients of its largest tensors besides."""
+_SHARES = range(95, 0, -5)
+"""Percentages that are tried for what would fit."""
+_ADAPTED = 0.02
+"""Numbers of an adapter to those of its base: rank 16 on the attention of Wan 2.1 1.3B are 0.8 %."""
 _UPDATE = 24
 """Bytes a number that the update of one tensor takes for a moment: gradient, moments and weights in float32, and two more."""
 
@@ -149,9 +153,9 @@ def plan_memory(
         narrower: whether bfloat16 may be taken instead of float32.
         host: bytes of main memory beside an accelerator; None: as many as needed.
 
-    Raises MemoryShort, naming the GB that are missing on the last step.
+    Raises MemoryShort, naming the GB that are missing on the last step, and what would fit.
     """
-    need, word = None, ""
+    need, options, used, word = None, PLAIN, precision, ""
     for options, used, word in ladder(precision, device, optimizer, narrower=narrower):
         need = memory_need(facts, options, used, 1, device)
         if need.device <= memory and (host is None or need.host <= host):
@@ -160,16 +164,63 @@ def plan_memory(
                 rows = -(-rows // 2)
             return MemoryPlan(options, used, rows, fits, _reason(fits, rows, memory, word))
     assert need
-    what = "choose a smaller expert or shorter clips, or adapters on a frozen base"
+
+    def holds(changed: ExpertFacts, options: MemoryOptions = options) -> bool:
+        it = memory_need(changed, options, used, 1, device)
+        return it.device <= memory and (host is None or it.host <= host)
+
     if host is not None and need.device <= memory:
         raise MemoryShort(
             f"training takes {need.host / GB:.1f} GB of main memory beside the device, of which {host / GB:.1f} GB are free: "
-            f"{(need.host - host) / GB:.1f} GB are missing; {what}"
+            f"{(need.host - host) / GB:.1f} GB are missing; {_what_fits(facts, holds)}"
         )
     raise MemoryShort(
         f"training takes {need.device / GB:.1f} GB even with {word}, the device has {memory / GB:.1f} GB: "
-        f"{(need.device - memory) / GB:.1f} GB are missing; {what}"
+        f"{(need.device - memory) / GB:.1f} GB are missing; {_what_fits(facts, holds)}"
     )
+
+
+def _what_fits(facts: ExpertFacts, fits: Callable[..., bool]) -> str:
+    """What less than this expert on these clips would fit, in a clause. `fits`: whether it does, with the last step's options."""
+    found: list[str] = []
+    if share := next((share for share in _SHARES if fits(_smaller(facts, share / 100))), 0):
+        found.append(f"an expert of {share} % of its numbers")
+    if share := next((share for share in _SHARES if fits(_shorter(facts, share / 100))), 0):
+        found.append(f"clips of {share} % of their latents")
+    if facts.frozen_bytes < facts.trained and fits(_adapters(facts), PLAIN.model_copy(update={"checkpointing": True})):
+        found.append("adapters on it as a frozen base in bfloat16")
+    listed = " or ".join(found)
+    return f"what would fit: {listed}" if found else "nothing would fit that is like it; use a device with more memory"
+
+
+def _smaller(facts: ExpertFacts, share: float) -> ExpertFacts:
+    """The same expert with fewer blocks."""
+
+    def kept(precision: Precision, checkpointing: bool) -> KeptBytes:
+        whole = facts.kept(precision, checkpointing)
+        return KeptBytes(int(whole.fixed * share), int(whole.per_row * share), whole.block_per_row)
+
+    counts = {name: int(getattr(facts, name) * share) for name in ("trained", "matrices", "narrow", "frozen_bytes")}
+    return replace(facts, **counts, kept=kept)
+
+
+def _shorter(facts: ExpertFacts, share: float) -> ExpertFacts:
+    """The same expert on smaller or shorter clips."""
+
+    def kept(precision: Precision, checkpointing: bool) -> KeptBytes:
+        whole = facts.kept(precision, checkpointing)
+        return KeptBytes(whole.fixed, int(whole.per_row * share), int(whole.block_per_row * share))
+
+    return replace(facts, kept=kept)
+
+
+def _adapters(facts: ExpertFacts) -> ExpertFacts:
+    """Adapters on the expert, which keep what it keeps."""
+    frozen = 2 * facts.trained + facts.frozen_bytes
+    return replace(
+        facts, trained=int(_ADAPTED * facts.trained), matrices=0, narrow=0, largest=int(_ADAPTED * facts.largest),
+        frozen_bytes=frozen,
+    )  # fmt: skip
 
 
 def _reason(need: MemoryNeed, rows: int, memory: int, word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,9 +129,34 @@ def test_ladder_stops_at_the_first_step_that_fits(memory: float, rows: int, word
     assert f"of {memory:.2f} GB" in plan.reason
 
 
-def test_too_small_device_is_refused_with_the_gb_that_are_missing():
-    with pytest.raises(MemoryShort, match=r"the device has 8\.0 GB: \d\.\d GB are missing; choose a smaller expert"):
-        plan_memory(FACTS, 8 * GB, 8, "bfloat16", "cuda:0")
+LONG = replace(FACTS, kept=lambda precision, checkpointing: KeptBytes(0, 2 * GB, GB // 10))
+
+
+@pytest.mark.parametrize(
+    ("memory", "facts", "fits"),
+    [
+        (8, FACTS, "an expert of 85 % of its numbers or adapters on it as a frozen base in bfloat16"),
+        (4, FACTS, "an expert of 35 % of its numbers"),
+        (10, LONG, "an expert of 85 % of its numbers or clips of 40 % of their latents or adapters on it as a frozen base in "),
+        (8, replace(FACTS, frozen_bytes=2 * GB), "an expert of 65 % of its numbers"),
+        (1, FACTS, None),
+    ],
+)
+def test_too_small_device_is_refused_with_what_is_missing_and_what_would_fit(memory: int, facts: ExpertFacts, fits: str | None):
+    what = f"what would fit: {fits}" if fits else "nothing would fit that is like it; use a device with more memory"
+    with pytest.raises(MemoryShort, match=rf"the device has {memory}\.0 GB: \d+\.\d GB are missing; {what}"):
+        plan_memory(facts, memory * GB, 8, "bfloat16", "cuda:0")
+
+
+def test_what_is_said_to_fit_does_fit():
+    memory, whole = 4 * GB, expert_facts(tiny_manifest(expert=WAN_1_3B, latent=WAN_256), 0)
+    with pytest.raises(MemoryShort) as short:
+        plan_memory(whole, memory, 16, "bfloat16", "cuda:0")
+    share = int(str(short.value).partition("an expert of ")[2].partition(" %")[0])
+    fewer = WAN_1_3B.model_copy(update={"config": {**WAN_1_3B.config, "num_layers": 30 * share // 100 - 1}})
+    smaller = expert_facts(tiny_manifest(expert=fewer, latent=WAN_256), 0)
+    assert 0.8 * share < 100 * smaller.trained / whole.trained <= share
+    assert plan_memory(smaller, memory, 16, "bfloat16", "cuda:0").rows
 
 
 def test_average_moves_to_main_memory_only_where_there_is_room():
