@@ -17,7 +17,7 @@ import torch
 from lutetia.models.experts.families import FAMILIES, full_config
 from lutetia.models.mixing.description import FILE, ExpertEntry
 from lutetia.models.mixing.folder import MixtureFolder
-from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config
+from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, refuse_pickled
 from lutetia.models.tensor_files import write_tensors
 from lutetia.models.training.checkpoint_checks import CheckpointMisfit, check_weights
 from lutetia.protocol.schema.manifest import Manifest
@@ -129,6 +129,8 @@ def _refuse_two_transformers(ref: str, folder: Path) -> None:
 def _source(model: ModelRef, like: ExpertEntry | ExpertSpec | None) -> InitialWeights:
     """The model as a source, with the prediction and noise schedule of `like` (None: the defaults of an ExpertSpec)."""
     config = read_config(_WHAT, model)
+    if model.folder:
+        refuse_pickled(f"{_WHAT} {model.text!r}", model.folder)
     class_name = str(config.get("_class_name"))
     if class_name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))

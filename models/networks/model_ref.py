@@ -102,6 +102,16 @@ def _has_weights(folder: Path) -> bool:
     return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) <= files
 
 
+def refuse_pickled(what: str, folder: Path) -> None:
+    """Raises ConfigError where the folder of the model `what` has pickled weights and no others."""
+    names = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise ConfigError(
+            f"{what} has pickled weights only ({pickled[0]}), which are never read; save it with safe_serialization=True"
+        )
+
+
 def anchored(text: str) -> str:
     """The same reference for any working directory: folders become absolute paths, also in a pair `a+b`."""
     path = Path(text).expanduser()

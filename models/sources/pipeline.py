@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from lutetia.models.experts.beta_table import betas_of, is_flow
 from lutetia.models.mixing.stock.solvers import dynamic_shift
-from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, snapshot
+from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, refuse_pickled, snapshot
 from lutetia.models.networks.video_autoencoders import ltx_ratios
 from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convention
 from lutetia.protocol.schema.manifest import first_problem
@@ -200,15 +200,11 @@ def _given(component: Any) -> bool:
 
 
 def _check_weights(ref: str, folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickled:
-        raise ConfigError(
-            f"the {folder.name} of {WHAT} {ref!r} has pickled weights only ({pickled[0]}), which are never read; "
-            "save it with safe_serialization=True"
-        )
-    raise ConfigError(f"the {folder.name} of {WHAT} {ref!r} has no weights (*.safetensors); name a whole pipeline")
+    what = f"the {folder.name} of {WHAT} {ref!r}"
+    if folder.is_dir():
+        refuse_pickled(what, folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{what} has no weights (*.safetensors); name a whole pipeline")
 
 
 def mismatch(source: PipelineSource, latent: LatentSpec) -> str | None:

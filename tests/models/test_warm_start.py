@@ -139,7 +139,7 @@ def cut_short(folder: Path) -> None:
         (with_malformed_config, "cannot load warm start"),
         (without_one_tensor, r"1 missing keys, among them proj_out\.bias"),
         (with_nan, r"proj_out\.bias of its weights holds NaN"),
-        (as_pickle, "cannot load warm start"),
+        (as_pickle, r"has pickled weights only \(diffusion_pytorch_model\.bin\), which are never read; save it with"),
         (cut_short, "cannot load warm start"),
     ],
 )
