@@ -15,6 +15,7 @@ from lutetia.coordinator.worker.messages import (
     JobProgress,
     JobRefused,
     JobRequest,
+    LibraryLoaded,
     SignatureReply,
     SignatureRequest,
     encode,
@@ -63,9 +64,13 @@ class _Pauses:
     def ended(self) -> None:
         now = asyncio.get_running_loop().time()
         self._longest[self._name] = max(self._longest.get(self._name, 0.0), now - self._last)
-        self._last = now
+        self.went_on()
+
+    def went_on(self) -> None:
+        """The process starts: what the job itself takes begins later."""
+        self._last = asyncio.get_running_loop().time()
         if not self._deadline.expired():
-            self._deadline.reschedule(now + self._patience)
+            self._deadline.reschedule(self._last + self._patience)
 
 
 class WorkerClient:
@@ -159,6 +164,8 @@ class WorkerClient:
         async for line in child.messages():
             message: FromWorker = read_from_worker(line)
             match message:
+                case LibraryLoaded():
+                    pauses.went_on()
                 case JobProgress() if message.id == request.id:
                     pauses.ended()
                     self._progress = message

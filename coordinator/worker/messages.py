@@ -362,6 +362,12 @@ class JobRefused(_Line):
     check: CheckName | None = None
 
 
+class LibraryLoaded(_Line):
+    """From the worker process, before its first job: its start goes on, which takes minutes on a busy machine."""
+
+    kind: Literal["loaded"] = "loaded"
+
+
 class JobProgress(_Line):
     """From the worker process, within a job: it goes on. `rows`: the losses of the rows that it has scored, if it scores rows."""
 
@@ -379,7 +385,7 @@ class SignatureRequest(_Line):
 
 
 ToWorker = JobRequest | SignatureReply
-FromWorker = JobDone | JobRefused | JobProgress | SignatureRequest
+FromWorker = LibraryLoaded | JobDone | JobRefused | JobProgress | SignatureRequest
 _TO_WORKER: TypeAdapter[ToWorker] = TypeAdapter(Annotated[ToWorker, Field(discriminator="kind")])
 _FROM_WORKER: TypeAdapter[FromWorker] = TypeAdapter(Annotated[FromWorker, Field(discriminator="kind")])
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
@@ -28,6 +28,7 @@ from lutetia.coordinator.worker.messages import (
     JobProgress,
     JobRefused,
     JobRequest,
+    LibraryLoaded,
     LossMeasured,
     MeasureCost,
     MeasureLoss,
@@ -318,15 +319,27 @@ def resolved_device(wanted: str) -> str:
     return wanted
 
 
+def load_libraries(name: str) -> Iterator[None]:
+    """Import what the jobs of the process `name` need, and yield after each large part."""
+    if name in LEAN:
+        from lutetia.models.fast_import import import_experts
+
+        import_experts()
+    else:
+        import torch  # noqa: F401
+
+        yield
+        import diffusers.models.transformers  # noqa: F401
+    yield
+
+
 def main() -> None:
     """Take jobs until the parent closes the channel."""
     channel = ParentChannel()
     give_way(int(os.environ.get("LUTETIA_WORKER_NICE", "0")))
     manifest_file, name, device = sys.argv[1:4]
-    if name in LEAN:
-        from lutetia.models.fast_import import import_experts
-
-        import_experts()
+    for _ in load_libraries(name):
+        channel.send(encode(LibraryLoaded()))
     import torch
 
     torch.set_flush_denormal(True)  # before any thread of torch starts: a processor takes several times as long for such numbers

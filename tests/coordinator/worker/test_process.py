@@ -20,8 +20,12 @@ from safetensors.torch import load_file, save_file
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.run_folder import RunFolder
 from lutetia.coordinator.settings import RunSettings
-from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused
+from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused, _Pauses
 from lutetia.coordinator.worker.messages import (
+    FromWorker,
+    JobDone,
+    JobRequest,
+    LibraryLoaded,
     MeasureMixture,
     MeasureSizes,
     ReadTrace,
@@ -29,6 +33,8 @@ from lutetia.coordinator.worker.messages import (
     SampleGallery,
     StitchMixture,
     TrainRouter,
+    encode,
+    read_from_worker,
 )
 from lutetia.coordinator.worker.process import WorkerProcess
 from lutetia.models.mixing.description import read_mixture, verify_mixture
@@ -36,7 +42,7 @@ from lutetia.models.tensor_files import write_tensors
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
-from lutetia.system.process import ParentChannel
+from lutetia.system.process import Child, ParentChannel
 from tests.coordinator.scripted_node import until
 from tests.coordinator.tiny_data import WORDS, build_tiny
 from tests.coordinator.worker.worker_site import LIMIT, Site, mutated, train_epoch
@@ -277,6 +283,27 @@ async def test_idle_process_ends_and_the_next_job_starts_another(site: Site):
     await worker.ask(MeasureSizes(), limit=LIMIT)
     assert worker.pid not in (None, first)
     await worker.close()
+
+
+async def test_each_library_that_is_loaded_moves_the_deadline_on(site: Site):
+    child = await Child.start("lutetia.coordinator.worker", str(site.run.manifest), "making", "cpu")
+    try:
+        await child.send(encode(JobRequest(id=7, job=MeasureSizes())))
+        lines: list[FromWorker] = []
+        async for line in child.messages():
+            lines.append(read_from_worker(line))
+            if isinstance(lines[-1], JobDone):
+                break
+    finally:
+        await child.kill()
+    assert [type(line) for line in lines] == [LibraryLoaded, LibraryLoaded, JobDone]
+    longest = dict[str, float]()
+    async with asyncio.timeout(10) as deadline:
+        began = asyncio.get_running_loop().time()
+        _Pauses(longest, "sizes", deadline, 1000.0).went_on()
+        await asyncio.sleep(0)
+        assert (deadline.when() or 0) >= began + 1000
+    assert not longest, "a slow start says nothing of the job"
 
 
 async def test_hanging_process_is_ended(site: Site):
