@@ -33,8 +33,10 @@ from tests.pipelines.tiny_clips import build, run_settings, write_clips
 SAMPLED = TINY["sampling"]
 
 
-async def start_node(ticket: str, folder: Path, threads: int = 1, **environment: str) -> asyncio.subprocess.Process:
-    arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", "cpu"]
+async def start_node(
+    ticket: str, folder: Path, threads: int = 1, device: str = "cpu", **environment: str
+) -> asyncio.subprocess.Process:
+    arguments = ["join", ticket, "--state-folder", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", "--device", device]
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "lutetia.cli", *arguments, "--threads", str(threads), start_new_session=True,
         env=child_environment(OMP_NUM_THREADS=str(threads), **environment),

@@ -1,4 +1,7 @@
-"""A run in progress gets a new version of its manifest: real coordinator, real node, no restart."""
+"""A run in progress gets a new version of its manifest: real coordinator, real node, no restart.
+
+The node is a unit of two processors, which is killed at the end.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,9 @@ from tests.coordinator.scripted_node import Coordinator, free_port, until
 from tests.coordinator.test_serve import make_run, up
 from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny
+from tests.node.scripted_coordinator import all_gone, children_of
 
+UNIT = "cpu:0+cpu:1"
 SETTINGS = json.dumps({"stitch": "end", "gallery": False})
 
 
@@ -69,7 +74,7 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
     run = unaudited_run(tmp_path, 8)
     coordinator = await Coordinator.start(run.folder, SETTINGS)
     await up(coordinator)
-    node = await start_node(run.ticket, tmp_path / "node")
+    node = await start_node(run.ticket, tmp_path / "node", device=UNIT)
 
     async def finished_with(accepted: int) -> bool:
         assert node.returncode is None
@@ -105,13 +110,14 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         assert await coordinator.end(signal.SIGTERM) == 0
         code, answer = await command("run", "rotate", str(run.folder))
         assert (code, answer["version"], answer["old"]) == (0, 7, old.public_key)
-        upgrade_run(RunFolder(run.folder), {"samples_per_shard": 160})
+        upgrade_run(RunFolder(run.folder), {"samples_per_shard": 1600})
         coordinator = await Coordinator.start(run.folder, SETTINGS)
         await up(coordinator)
         await until(accepted_again, "the node to train on for the new key")
         assert (await node_says(tmp_path / "node"))["manifest_version"] == 8
         assert coordinator.status().coordinator == answer["new"]
         check_signatures(run, old, answer["ticket"])
+        node = await killed_and_started_again(node, tmp_path / "node", answer["ticket"], coordinator)
         await ask(tmp_path / "node", "leave")
     finally:
         for process in (node, coordinator.process):
@@ -119,6 +125,36 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
                 process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(node.wait(), 300) == 0
         assert await asyncio.wait_for(coordinator.process.wait(), 300) == 0
+
+
+async def killed_and_started_again(
+    node: asyncio.subprocess.Process, folder: Path, ticket: str, coordinator: Coordinator
+) -> asyncio.subprocess.Process:
+    """The unit goes on from what it had: what it trains afterwards is accepted, on top of what it had trained before."""
+
+    async def training() -> bool:
+        status = await node_says(folder)
+        return (status["state"], status.get("device")) == ("training", UNIT) and bool(status["step"])
+
+    await until(training, "the unit to train")
+    family = children_of(node.pid)
+    node.kill()
+    await node.wait()
+    await all_gone(family)
+    trained = max([coordinator.status().accepted, *epochs_in(folder)])
+    again = await start_node(ticket, folder, device=UNIT)
+
+    async def trained_on() -> bool:
+        assert again.returncode is None
+        return coordinator.status().accepted > trained
+
+    await until(trained_on, "an epoch that was trained after the kill")
+    return again
+
+
+def epochs_in(state: Path) -> list[int]:
+    """The whole checkpoints that a node has in its folder."""
+    return [int(path.parent.name.removeprefix("epoch-")) for path in state.glob("runs/*/work/0000/epoch-*/checkpoint.json")]
 
 
 async def orders_from_another_machine(run: CreatedRun, coordinator: Coordinator, root: Path) -> None:
