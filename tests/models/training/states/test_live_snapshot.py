@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lutetia.models.tensor_files import TensorFile
 from lutetia.models.training.checkpoint_io import write_state
 from lutetia.models.training.states.live_snapshot import LiveSnapshot
 from lutetia.models.training.trainer import ExpertTrainer, UpdateInterrupted
-from tests.models.tiny_experts import tiny_data, tiny_manifest
+from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
 
 @pytest.fixture
@@ -91,3 +98,49 @@ def test_live_snapshot_holds_no_copy(trainer: ExpertTrainer):
     assert live.spare == parameters, "one byte per parameter"
     assert live.nbytes == 16 * parameters
     live.release()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of tensors that operations within it have made and that are alive. `peak`: the most at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return made
+
+
+def traced(work: Callable[[], object]) -> tuple[int, int]:
+    """The most bytes that torch's operations, and that Python and numpy, held at once while `work` was done."""
+    work()  # what is imported or cached at the first time is no part of it
+    tracemalloc.start()
+    try:
+        with Allocations() as tensors:
+            work()
+        return tensors.peak, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_snapshot_and_restore_go_tensor_by_tensor(tmp_path: Path):
+    wide = {"num_attention_heads": 2, "attention_head_dim": 96, "ffn_dim": 768, "num_layers": 2}
+    manifest = tiny_manifest(expert=ExpertSpec(config={**WAN.config, **wide}))
+    trainer = ExpertTrainer(manifest, 0, tiny_data())
+    trainer.step()
+    count = sum(parameter.numel() for parameter in trainer.model.parameters())
+    held = traced(lambda: write_state(trainer.live_snapshot(), tmp_path / "state"))
+    assert max(held) < count, "less than a byte a parameter above the live trainer"
+    again = ExpertTrainer(manifest, 0, tiny_data())
+    again.restore(0, local=tmp_path / "state")
+    held = traced(lambda: again.restore(0, local=tmp_path / "state"))
+    assert max(held) < 17 * count
+    assert again.step() == trainer.step()
