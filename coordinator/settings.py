@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from lutetia.coordinator.addresses import dialled_address, host_port
+from lutetia.models.device import AUTO_DEVICE
 from lutetia.protocol.schema.fields import Count, Name, Positive, PublicKey, Share
 from lutetia.protocol.schema.manifest import AuditPolicy, HardwareNeeds, Timing
 from lutetia.protocol.schema.model.adapter import BaseDtype, ModuleName
@@ -242,8 +243,8 @@ class ServeSettings(_Settings):
         description="How much lower the priority of the worker processes is, so that trainers on the same machine go first",
     )  # fmt: skip
     device: str = Field(
-        default="cpu", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="Where the worker processes compute: auto, cpu, mps, cuda or cuda:N",
+        default="cpu", pattern=AUTO_DEVICE,
+        description="Where the worker processes compute: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N",
     )  # fmt: skip
     check_seconds: Positive = Field(
         default=900.0,

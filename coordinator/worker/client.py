@@ -82,7 +82,7 @@ class WorkerClient:
         threads: threads of torch.
         nice: how much lower its priority is than the coordinator's, as `os.nice` counts.
         idle: seconds without a job after which the process ends.
-        device: where it computes: auto, cpu, mps, cuda or cuda:N.
+        device: where it computes: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N.
     """
 
     def __init__(

@@ -70,7 +70,7 @@ class WorkerProcess:
     Args:
         manifest: the run.
         channel: to the coordinator.
-        device: where to compute: auto, cpu, mps, cuda or cuda:N.
+        device: where to compute: auto, cpu, mps, cuda, cuda:N, xpu or xpu:N.
         clock: seconds, by which the rows of a loss are limited.
         base: the files of the base that the run's experts adapt, if they do.
     """
@@ -309,11 +309,16 @@ def resolved_device(wanted: str) -> str:
     """The device for `auto`, or `wanted`. Raises ConfigError when torch does not see it."""
     import torch
 
-    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kinds = {"cuda": torch.cuda, "xpu": torch.xpu}
+    counts = {name: kind.device_count() if kind.is_available() else 0 for name, kind in kinds.items()}
     if wanted == "auto":
-        return "cuda:0" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
-    if wanted.startswith("cuda") and int(wanted.partition(":")[2] or 0) >= cuda:
-        raise ConfigError(f"device {wanted} is set, but torch sees {cuda} CUDA devices; check the driver, or serve with cpu")
+        apple = ("mps",) if torch.backends.mps.is_available() else ()
+        return next(iter((*(f"{name}:0" for name, count in counts.items() if count), *apple, "cpu")))
+    kind, _, number = wanted.partition(":")
+    if kind in counts and int(number or 0) >= counts[kind]:
+        raise ConfigError(
+            f"device {wanted} is set, but torch sees {counts[kind]} {kind.upper()} devices; check the driver, or serve with cpu"
+        )
     if wanted == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("device mps is set, but torch sees no Apple GPU; serve with cpu")
     return wanted

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from lutetia.coordinator.admin.create import create_run
 from lutetia.coordinator.run_folder import RunFolder
-from lutetia.coordinator.settings import RunSettings
+from lutetia.coordinator.settings import RunSettings, ServeSettings
 from lutetia.coordinator.worker.client import WorkerClient, WorkerFailed, WorkerRefused, _Pauses
 from lutetia.coordinator.worker.messages import (
     FromWorker,
     JobDone,
     JobRequest,
     LibraryLoaded,
+    MeasureLoss,
     MeasureMixture,
     MeasureSizes,
     ReadTrace,
@@ -36,16 +37,19 @@ from lutetia.coordinator.worker.messages import (
     encode,
     read_from_worker,
 )
-from lutetia.coordinator.worker.process import WorkerProcess
+from lutetia.coordinator.worker.process import WorkerProcess, resolved_device
 from lutetia.models.mixing.description import read_mixture, verify_mixture
 from lutetia.models.tensor_files import write_tensors
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.records import AcceptanceRecord
+from lutetia.system.errors import ConfigError
 from lutetia.system.process import Child, ParentChannel
 from tests.coordinator.scripted_node import until
 from tests.coordinator.tiny_data import WORDS, build_tiny
 from tests.coordinator.worker.worker_site import LIMIT, Site, mutated, train_epoch
+from tests.models.emulated_device import DEVICE as EMULATED
+from tests.models.emulated_device import emulated_device
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -327,6 +331,24 @@ class Lines:
 
     def send(self, message: Any) -> None:
         self.sent.append(message)
+
+
+async def test_losses_on_an_accelerator_are_those_of_the_cpu(site: Site):
+    job = MeasureLoss(shard=0, weights=site.weights(), holdout=site.holdout(), draw="one")
+    channel = cast(ParentChannel, Lines())
+    expected = WorkerProcess(site.manifest, channel).loss(job)
+    with emulated_device():
+        found = WorkerProcess(site.manifest, channel, EMULATED).loss(job)
+    assert found.rows == pytest.approx(expected.rows, rel=1e-6)
+
+
+async def test_device_that_is_not_there_is_refused_in_one_sentence():
+    assert (resolved_device("cpu"), resolved_device(EMULATED)) == ("cpu", EMULATED)
+    for wanted in ("cuda:90", "xpu:90"):
+        kind = wanted.partition(":")[0].upper()
+        with pytest.raises(ConfigError, match=rf"^device {wanted} is set, but torch sees \d+ {kind} devices; check the driver"):
+            resolved_device(wanted)
+    assert ServeSettings(device="xpu:1").device == "xpu:1"
 
 
 @pytest.mark.parametrize(
