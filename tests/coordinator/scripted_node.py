@@ -52,11 +52,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, every: float = 0.1) -> None:
-    """Check `condition` every `every` seconds until it holds; on time-out fail and name `what`."""
-    deadline = time.monotonic() + PATIENCE
+async def until(condition: Callable[[], Awaitable[bool]], what: str, every: float = 0.1, patience: float = PATIENCE) -> None:
+    """Check `condition` every `every` seconds until it holds; after `patience` seconds fail and name `what`."""
+    deadline = time.monotonic() + patience
     while not await condition():
-        assert time.monotonic() < deadline, f"waited {PATIENCE:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {patience:.0f} s for {what}"
         await asyncio.sleep(every)
 
 

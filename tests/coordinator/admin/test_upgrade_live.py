@@ -40,7 +40,8 @@ from tests.coordinator.test_with_node import start_node
 from tests.coordinator.tiny_data import build_tiny
 from tests.node.scripted_coordinator import all_gone, children_of
 
-UNIT = "cpu:0+cpu:1"
+UNIT, UNIT_PATIENCE = "cpu:0+cpu:1", 600.0
+"""The ranks of a unit import torch in processes of their own, which takes minutes on a busy machine."""
 SETTINGS = json.dumps({"stitch": "end", "gallery": False})
 
 
@@ -69,7 +70,7 @@ def unaudited_run(root: Path, samples: int) -> CreatedRun:
     return create_run(build_tiny(root / "data", 1), root / "run", settings)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordinators_key_is_new(tmp_path: Path):
     run = unaudited_run(tmp_path, 8)
     coordinator = await Coordinator.start(run.folder, SETTINGS)
@@ -90,7 +91,7 @@ async def test_a_finished_run_trains_on_when_its_budget_is_raised_and_its_coordi
         return (status["state"], status["manifest_version"]) == ("idle", version)
 
     try:
-        await until(lambda: finished_with(1), "the end of the first budget")
+        await until(lambda: finished_with(1), "the end of the first budget", patience=UNIT_PATIENCE)
         await until(lambda: idle_under(1), "the node to stand by")
         assert await command("run", "upgrade", str(run.folder), "--set", "checkpoint_samples=4") == (
             10,
@@ -148,7 +149,7 @@ async def killed_and_started_again(
         assert again.returncode is None
         return coordinator.status().accepted > trained
 
-    await until(trained_on, "an epoch that was trained after the kill")
+    await until(trained_on, "an epoch that was trained after the kill", patience=UNIT_PATIENCE)
     return again
 
 
