@@ -99,11 +99,12 @@ def rendezvous(run: str, shard: int, epoch: int, owner: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{run}|{shard}|{epoch}|{owner}".encode()).digest()[:8], "big")
 
 
-def author_of(given: AcceptanceRecord, lane: int) -> str | None:
-    """Public key of the peer that trained this lane of the accepted epoch; None: nobody, or the record does not say who."""
+def trained(given: AcceptanceRecord, lane: int, owner: str) -> bool | None:
+    """Whether this peer trained this lane of the accepted epoch; None: nobody did, or the record does not say who."""
     if not given.lanes:
-        return given.author
-    return dict(zip(given.lanes, given.authors, strict=False)).get(lane)
+        return given.author == owner
+    mark = dict(zip(given.lanes, given.author_marks, strict=False)).get(lane)
+    return None if mark is None else owner.startswith(mark)
 
 
 def shard_owner(run: str, view: ShardView, now: float) -> str | None:
@@ -115,9 +116,10 @@ def shard_owner(run: str, view: ShardView, now: float) -> str | None:
     """
     live = {claim.record.owner: claim.record.state == "claiming" for claim in view.live(now)}
     accepted = view.acceptance
-    author = author_of(accepted, shard_and_lane(view.shard)[1]) if accepted and now < accepted.tenure_until else None
-    if author in live:
-        return author
+    if accepted and now < accepted.tenure_until:
+        lane = shard_and_lane(view.shard)[1]
+        if author := next((owner for owner in live if trained(accepted, lane, owner)), None):
+            return author
     return min(live, key=lambda owner: (live[owner], rendezvous(run, view.shard, view.epoch, owner)), default=None)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lutetia.protocol.claims import ShardView, author_of, shard_and_lane, shard_owner
+from lutetia.protocol.claims import ShardView, shard_and_lane, shard_owner, trained
 
 IDLE = 2
 """Tenures without a rise of the reported samples after which a claim no longer counts."""
@@ -65,8 +65,8 @@ def _accepted_work_of(view: ShardView, owner: str) -> bool:
     given, lane = view.acceptance, shard_and_lane(view.shard)[1]
     if given is None:
         return False
-    author = author_of(given, lane)
-    return lane in given.lanes if author is None else author == owner
+    own = trained(given, lane, owner)
+    return lane in given.lanes if own is None else own
 
 
 def without_stalled(seen: Seen, view: ShardView, reader: str | None, tenure: float, interval: int, now: float) -> ShardView:

@@ -279,8 +279,8 @@ class NodeNetwork:
     def has_accepted_work(self, peer_id: str) -> bool:
         """Whether a peer is a coordinator, or trained a shard's newest acceptance or a lane of it."""
         owner = public_key_of(peer_id)
-        authors = (author for given in self.acceptances.values() for author in (given.author, *given.authors))
-        return owner is not None and (owner in self.manifest.coordinators or owner in authors)
+        authors = tuple(author for given in self.acceptances.values() for author in (given.author, *given.author_marks))
+        return owner is not None and (owner in self.manifest.coordinators or owner.startswith(authors))
 
     def replace_transport(self, transport: Transport) -> None:
         """Use a new transport; its addresses differ, so everything is announced again."""

@@ -45,7 +45,9 @@ NODE_BUCKETS = 16
 MAX_QUARANTINED = 48
 MOST_DEVICES = 16
 MOST_AUTHORS = 20
-"""Authors of merged lanes that an acceptance has room for."""
+"""Authors of merged lanes that an acceptance has room for by their public keys."""
+MOST_MORE_AUTHORS, AUTHOR_MARK = 44, 16
+"""Further ones that it has room for by the first so many digits of theirs: nobody makes a key to 64 given bits for a lane."""
 _REMEMBERED = 8192  # records whose signatures are known: about 20 MB
 _SIGNING_DOMAIN = b"lutetia-record-1\n"
 
@@ -205,6 +207,16 @@ class AcceptanceRecord(_Record):
     authors: tuple[PublicKey, ...] = added(
         (), "Public keys of those who trained the first of these lanes, in the order of `lanes`", max_length=MOST_AUTHORS
     )
+    more_authors: str = added(
+        "", "First 16 digits of the public keys of those who trained the lanes after these, one after the other",
+        pattern=f"^([0-9a-f]{{{AUTHOR_MARK}}})*$", max_length=MOST_MORE_AUTHORS * AUTHOR_MARK,
+    )  # fmt: skip
+
+    @property
+    def author_marks(self) -> tuple[str, ...]:
+        """Of the lanes' authors, in the order of `lanes`, the public keys or their first digits, as far as there was room."""
+        more = self.more_authors
+        return (*self.authors, *(more[start : start + AUTHOR_MARK] for start in range(0, len(more), AUTHOR_MARK)))
 
     def key(self) -> str:
         return acceptance_key(self.run, self.shard)

@@ -36,7 +36,7 @@ from lutetia.coordinator.ledger.events import LaneAccepted, LaneDropped, LanesMe
 from lutetia.coordinator.ledger.run_state import LOSS_CHECKS, AcceptedEpoch, ShardLedger
 from lutetia.protocol.claims import slot_of
 from lutetia.protocol.schema.model.team_spec import TeamSpec
-from lutetia.protocol.schema.records import MOST_AUTHORS, CheckpointRecord
+from lutetia.protocol.schema.records import AUTHOR_MARK, MOST_AUTHORS, MOST_MORE_AUTHORS, CheckpointRecord
 
 GRACE = 1 / 8
 """Of an epoch's time up to its quorum: so much longer the merge waits for lanes that are likely to come."""
@@ -199,8 +199,9 @@ def _accept_merged(transition: JudgeTransition, record: CheckpointRecord, verdic
     assert verdict.loss is not None
     assert verdict.parent_loss is not None
     acceptance = acceptance_of(transition.rules, record, ledger.term, verdict.loss, transition.now, lanes)
-    authors = tuple(ledger.gathered[lane].acceptance.author for lane in lanes[:MOST_AUTHORS])
-    acceptance = acceptance.model_copy(update={"authors": authors})
+    authors = tuple(ledger.gathered[lane].acceptance.author for lane in lanes)
+    more = "".join(author[:AUTHOR_MARK] for author in authors[MOST_AUTHORS : MOST_AUTHORS + MOST_MORE_AUTHORS])
+    acceptance = acceptance.model_copy(update={"authors": authors[:MOST_AUTHORS], "more_authors": more})
     transition.write(
         LanesMerged(
             time=transition.now, acceptance=acceptance, trace=record.trace, sources=sources, parent_loss=verdict.parent_loss,
