@@ -16,7 +16,7 @@ Nesterov's momentum; there each worker keeps its own moments, here they are aver
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,33 +161,42 @@ class _Merge:
         """A published weight: an average, or a tensor that is never trained."""
         if not trained:
             return lambda: self._weights[0][name]
-        return lambda: self._stepped([file[name] for file in self._weights], self._old_weights, name)
+        return lambda: self._stepped((file[name] for file in self._weights), self._old_weights, name)
 
     def _parameter(self, name: str) -> Source:
         key = f"{PARAMETER}{name}"
-        return lambda: self._stepped([state[key] for state in self._states], self._old_state, key)
+        return lambda: self._stepped((state[key] for state in self._states), self._old_state, key)
 
     def _moment(self, name: str) -> Source:
         def make() -> Tensor:
             like = next(state[name] for state in self._states if name in state)
-            values = [state[name] if name in state else torch.zeros_like(like) for state in self._states]
-            return self._mean(values).to(like.dtype)
+            return self._mean(state[name] if name in state else torch.zeros_like(like) for state in self._states)
 
         return make
 
-    def _stepped(self, values: Sequence[Tensor], old: Mapping[str, Tensor] | None, name: str) -> Tensor:
-        merged = self._mean(values)
+    def _stepped(self, values: Iterable[Tensor], old: Mapping[str, Tensor] | None, name: str) -> Tensor:
+        merged, dtype = self._sum(values)
+        merged /= sum(self._counts)
         if old is not None:
             before = old[name].double()
             merged = before + (merged - before) * self._rate
-        return merged.to(values[0].dtype)
+        return merged.to(dtype)
 
-    def _mean(self, values: Sequence[Tensor]) -> Tensor:
-        """In float64. Multiplication and addition are separate calls, since one that fuses them rounds once."""
-        total = torch.zeros(values[0].shape, dtype=torch.float64)
-        for count, value in zip(self._counts, values, strict=True):
+    def _mean(self, values: Iterable[Tensor]) -> Tensor:
+        total, dtype = self._sum(values)
+        return (total / sum(self._counts)).to(dtype)
+
+    def _sum(self, values: Iterable[Tensor]) -> tuple[Tensor, torch.dtype]:
+        """(sum of count times value in float64, the values' type). One lane's tensor is in memory at a time, however many lanes.
+
+        Multiplication and addition are separate calls, since one that fuses them rounds once.
+        """
+        total, dtype = torch.zeros(()), torch.float32
+        for number, (count, value) in enumerate(zip(self._counts, values, strict=True)):
+            if number == 0:
+                total, dtype = torch.zeros(value.shape, dtype=torch.float64), value.dtype
             total += value.double() * count
-        return total / sum(self._counts)
+        return total, dtype
 
 
 def _mean_trace(traces: Sequence[Sequence[float]]) -> Tensor:
