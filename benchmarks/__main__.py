@@ -30,6 +30,7 @@ STUDIES = {
     "page": "benchmarks.page.main",
     "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
+    "team-lanes": "benchmarks.teams.lanes.main",
     "team-swarm": "benchmarks.teams.swarm.main",
     "teams": "benchmarks.teams.main",
 }

@@ -19,19 +19,14 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.attacks.lab import clips
-from benchmarks.fuzz.examples import LATENT, WAN
+from benchmarks.fuzz.examples import WAN
 from benchmarks.report import Machine
+from benchmarks.toy_data import write_toy_data
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import read_events, tell
 from lutetia.coordinator.ledger.events import MixtureStitched
 from lutetia.coordinator.settings import RunSettings
-from lutetia.models.data.cluster.report import ClusterReport
-from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile, DataShard
-from lutetia.models.data.parts.index import Split
-from lutetia.models.data.parts.writer import write_shard
 from lutetia.models.mixing.description import verify_mixture
-from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.training_spec import Optimisation
@@ -43,18 +38,7 @@ _LONGEST = 1800.0
 
 
 def make_run(root: Path) -> CreatedRun:
-    (root / "data" / "shards").mkdir(parents=True)
-    entries = []
-    for index in range(SHARDS):
-        files = {}
-        splits: tuple[tuple[Split, int], ...] = (("train", 32), ("holdout", HELD_OUT))
-        for split, count in splits:
-            path = f"shards/{index:03d}.{split}.safetensors"
-            written = write_shard(root / "data" / path, clips(index, count, 0.1), LATENT, name=f"kind {index}", split=split)
-            files[split] = DataFile(path=path, blob=written.blob, clips=written.clips, bytes=written.bytes)
-        entries.append(DataShard(index=index, name=f"kind {index}", **files, prior=1 / SHARDS))
-    report = ClusterReport(clusters=(), silhouette=0.0, largest_uncapped=1 / SHARDS)
-    (root / "data" / DATA_FILE).write_bytes(canonical(DataDescription(latent=LATENT, shards=tuple(entries), clustering=report)))
+    write_toy_data(root / "data", SHARDS, HELD_OUT)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

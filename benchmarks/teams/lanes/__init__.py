@@ -1,0 +1,1 @@
+"""What each lane costs a real coordinator."""
