@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.families import family_of, full_config
 from lutetia.models.experts.objectives import with_first_frame
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.mixing.adapter_experts import AdapterExperts, locate_base
 from lutetia.models.mixing.denoisers import Denoiser, ExpertCall, FolderExperts
 from lutetia.models.mixing.description import ExpertKind
@@ -65,7 +67,13 @@ def draw_experts(probabilities: Tensor, seeds: Sequence[int]) -> Tensor:
 
 
 def combine(
-    experts: Callable[[int], Denoiser], weights: Tensor, x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None = None
+    experts: Callable[[int], Denoiser],
+    weights: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    tokens: Tensor,
+    pooled: Tensor | None = None,
+    pictures: Pictures | None = None,
 ) -> Tensor:
     """The weighted sum of the experts' velocities, `[B, ...]` like `x_t`. Each expert is called once, with its rows only.
 
@@ -76,15 +84,18 @@ def combine(
         t: flow times in [0, 1], `[B]`.
         tokens: `[B, L, D]`.
         pooled: `[B, P]`, or None.
+        pictures: of the rows, for experts that take them in channels of their own.
     """
     total = torch.zeros_like(x_t)
     for expert in weights.any(0).nonzero().flatten().tolist():
         rows = weights[:, expert].nonzero().flatten()
         if len(rows) == len(x_t):
-            flow = experts(expert)(x_t, t, tokens, pooled)
+            more = () if pictures is None else (pictures,)
+            flow = experts(expert)(x_t, t, tokens, pooled, *more)
             rows = slice(None)
         else:
-            flow = experts(expert)(x_t[rows], t[rows], tokens[rows], None if pooled is None else pooled[rows])
+            more = () if pictures is None else (pictures.each(operator.itemgetter(rows)),)
+            flow = experts(expert)(x_t[rows], t[rows], tokens[rows], None if pooled is None else pooled[rows], *more)
         total[rows] += flow * weights[rows, expert].to(flow.dtype).view(-1, *[1] * (x_t.ndim - 1))
     return total
 
@@ -210,7 +221,7 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             hidden_states: noisy latents, `[B, C, F, H, W]`, or as `interface` takes them.
             timestep: in 0..1000, `[B]`.
             encoder_hidden_states: token vectors, `[B, L, D]`.
-            encoder_hidden_states_image: must be None.
+            encoder_hidden_states_image: embeddings of the pictures, `[B, T, D]`, for experts that take them; else None.
             return_dict: return a Transformer2DModelOutput instead of a tuple.
             attention_kwargs: without `weights`, what the router decides by: `routing_text` (pooled text `[B, P]`; the same for
                 both branches of guidance, so that they share the decision), `mode`, `seeds`.
@@ -218,19 +229,19 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
             weights: a routing decision made by `route`, `[B, K]`.
             stock: the other arguments of `interface`, such as masks and sizes.
         """
-        if encoder_hidden_states_image is not None:
-            raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
         arguments = {
             "hidden_states": hidden_states, "timestep": timestep, "encoder_hidden_states": encoder_hidden_states,
-            "pooled_projections": pooled_projections, **stock,
+            "pooled_projections": pooled_projections, "encoder_hidden_states_image": encoder_hidden_states_image, **stock,
         }  # fmt: skip
         call = read_stock_call(self._interface, self.config, arguments)
+        if encoder_hidden_states_image is not None and call.pictures is None:
+            raise UsageError("this mixture is text-to-video: it takes no image embeddings; leave encoder_hidden_states_image out")
         x, t = call.latents, call.time
         if weights is None:
             seen = noised_first_frame(x, t) if call.given else x
             weights = self.route(seen, t, **{"pooled": None, **_routing_options(attention_kwargs)})
         with self.told(call.changed, call.given):
-            answer = call.answer(combine(self.expert, weights, x, t, call.tokens, call.pooled))
+            answer = call.answer(combine(self.expert, weights, x, t, call.tokens, call.pooled, call.pictures))
         return Transformer2DModelOutput(sample=answer) if return_dict else (answer,)
 
     @property
@@ -302,8 +313,9 @@ class MixtureTransformer(ModelMixin, ConfigMixin, CacheMixin):
     @property
     def noise_part(self) -> NoisePart | None:
         """The part of the noise levels that its experts are for; None: all of them."""
-        kinds = [ExpertKind.model_validate(expert) for expert in self.config["experts"]]
-        return kinds[0].inputs.noise_part if kinds and kinds[0].inputs else None
+        inputs = [expert.get("inputs") or {} for expert in self.config["experts"]]
+        part = inputs[0].get("noise_part") if inputs else None
+        return NoisePart.model_validate(part) if part else None
 
     def call_of(self, expert: ExpertKind) -> ExpertCall:
         """What `expert` is given at a call besides latents, time and text."""

@@ -198,7 +198,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 Cut prompts that have more tokens than the experts read, as captions are in training, instead of refusing them.
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 The first frame of the clips, one for all prompts or one each, resized to the size of the clips. Only of a
-                mixture whose experts were trained with first frames.
+                mixture whose experts were trained with first frames, and required where they know no others.
 
         Examples:
             ```python
@@ -236,6 +236,7 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
         shape = (len(texts) * num_videos_per_prompt, *bucket.shape)
         inputs.check_noise(shape, generator, latents)
         pictures = inputs.pictures_of(image, len(texts), bucket, self.transformer.takes_first_frames, self.video_processor)
+        looks = inputs.images_of(image, pictures) if self.spec.picture and self.spec.picture.vision_tokens else None
         inputs.check_choices(output_type, mode, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         if not cut_prompts and (texts.prompts or texts.negative):
             texts.check_lengths(self.text)
@@ -262,15 +263,15 @@ class LutetiaPipeline(CallProgress, PromptsAndPictures, PushesMixtures, Diffusio
                 self._current_timestep = self.scheduler.timesteps[min(step + 1, steps - 1)]
                 return None if self._interrupt else state
 
-            first = None if pictures is None else self.encode_first_frames(pictures, num_videos_per_prompt).to(tokens.device)
+            first, shown = self._begin(pictures, looks, bucket, num_videos_per_prompt, tokens)
             changed: dict[str, Any] = {} if embedded is None else {"guidance": embedded}
             with ExitStack() as told:
                 for each in filter(None, (self.transformer, other)):
-                    told.enter_context(each.told(changed, pictures is not None))
+                    told.enter_context(each.told(changed, first is not None))
                 sampled = sample(
                     self.transformer, tokens, pooled, noise.to(tokens.device), times=solver, guidance=guidance,
                     negative=(negative_tokens, negative_pooled), mode=mode, expert=expert, seeds=seeds, on_step=step_done,
-                    first_frame=first, other=other,
+                    first_frame=first, other=other, pictures=shown,
                 )  # fmt: skip
         self._current_timestep = None
         inputs.check_finite(sampled.latents, guidance, tokens.dtype)

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from PIL import Image
 from torch import Tensor
 
 from lutetia.models.data.encode.text import TextEncoder
@@ -20,6 +21,7 @@ from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import UsageError
 
 MAX_PROMPT_CHARACTERS = 2000
+NEEDS_PICTURE = "the experts of this mixture were trained on clips that begin with a picture; {}"
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -183,6 +185,8 @@ def find_size(latent: LatentSpec, num_frames: int | None, height: int | None, wi
 def pictures_of(image: Any, prompts: int, latent: LatentSpec, taken: bool, processor: VideoProcessor) -> Tensor | None:
     """The first frames, `[prompts, 3, H, W]` in -1..1; None without `image`.
 
+    Where the data hold pictures the experts know no clips without, and `image` is required.
+
     Args:
         image: of the call: one for all prompts, or a list of one each.
         prompts: how many there are.
@@ -193,8 +197,10 @@ def pictures_of(image: Any, prompts: int, latent: LatentSpec, taken: bool, proce
     Raises PipelineInputError: the experts take none, the number is another, the clips have one frame, or it is no picture.
     """
     if image is None:
+        if latent.picture:
+            raise PipelineInputError(NEEDS_PICTURE.format("give image"))
         return None
-    if not taken:
+    if not taken and not latent.picture:
         raise PipelineInputError("this mixture makes clips from text alone: its experts were not trained with first frames")
     if latent.frames < 2:
         raise PipelineInputError("these clips have one latent frame, of which a picture leaves nothing; ask for longer ones")
@@ -208,6 +214,14 @@ def pictures_of(image: Any, prompts: int, latent: LatentSpec, taken: bool, proce
         )
     _check_finite_input("image", pictures)
     return pictures.expand(prompts, -1, -1, -1)
+
+
+def images_of(image: Any, pictures: Tensor | None) -> list[Any]:
+    """The pictures of a call for an image encoder: as they came, or, where those are numbers, as they were resized, in uint8."""
+    given = list(image) if isinstance(image, list | tuple) else [image]
+    if all(isinstance(each, Image.Image) for each in given):
+        return given
+    return [] if pictures is None else list(((pictures + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def check_noise(shape: Sequence[int], generator: Generators | None, latents: Tensor | None) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lutetia.models.data.encode.latents import Latents, component_latents, load_latents
+from lutetia.models.data.encode.picture_encoder import VisionEncoder, picture_latents
 from lutetia.models.data.encode.text import TextEncoder, load_text_encoder
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.models.mixing.layout import SCHEDULER_CONFIG
 from lutetia.models.mixing.parts.other_part import follow, mixture_part, stock_part
@@ -52,6 +54,7 @@ class PromptsAndPictures:
     _execution_device: torch.device
     _other: MixtureTransformer | None = None
     _text: TextEncoder | None = None
+    _vision: VisionEncoder | None = None
     _decoder: Latents | None = None
 
     def encode_prompt(
@@ -139,6 +142,32 @@ class PromptsAndPictures:
         """
         latents = self.decoder.encode_pictures(pictures[:, :, None].to(self._execution_device))
         return latents.repeat_interleave(repeats, dim=0)
+
+    def _begin(
+        self, pictures: Tensor | None, looks: Sequence[Any] | None, bucket: LatentSpec, repeats: int, tokens: Tensor
+    ) -> tuple[Tensor | None, Pictures | None]:
+        """What clips begin with: latents of first frames, or pictures for channels of their own, in the data type of `tokens`.
+
+        Args:
+            pictures: [N, 3, H, W] in -1..1; None: the clips begin with what the prompt says.
+            looks: the same as the image encoder takes them; None: it is not asked.
+            bucket: of the clips.
+            repeats: clips of each picture.
+            tokens: of the call, for its device and data type.
+        """
+        if pictures is None:
+            return None, None
+        spec = self.spec.picture
+        if spec is None:
+            return self.encode_first_frames(pictures, repeats).to(tokens.device), None
+        latents = spec.scale * picture_latents(spec, self.decoder, pictures.to(self._execution_device), bucket.pixel_frames)
+        vision = None
+        if looks is not None:
+            if self._vision is None or self._vision.device != str(self._execution_device):
+                self._vision = VisionEncoder(self.spec.text_encoder, str(self._execution_device), self.allow_hub)
+            vision = self._vision.encode(looks).expand(len(pictures), -1, -1)
+        shown = Pictures(latents, vision, spec.mask)
+        return None, shown.each(lambda tensor: tensor.repeat_interleave(repeats, dim=0).to(tokens))
 
     def _encode(self, texts: Texts, repeats: int, guided: bool = True) -> tuple[Tensor, ...]:
         """The text vectors of a call; without guidance, zeros stand for the null condition, which is not needed then."""

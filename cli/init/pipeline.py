@@ -38,6 +38,7 @@ def fit_pipeline(choice: DataChoice, ref: str) -> tuple[DataChoice, LatentSpec, 
                     channels=channels, frames=shape[0], height=shape[1], width=shape[2], vae=source.part("vae"),
                     pixel_frames=frames, pixel_height=side, pixel_width=side, fps=choice.fps, text_encoder=source.model.text,
                     text_tokens=source.tokens, text_width=width, pooled_width=pooled, text=recipe,
+                    picture=source.picture,
                 )  # fmt: skip
                 check_fits(expert, latent)
             except ConfigError as error:

@@ -116,11 +116,13 @@ class MixtureLoader:
         Raises:
             UsageError: a prompt or an option that the mixture cannot take.
         """
-        from lutetia.models.pipeline_inputs import Texts
+        from lutetia.models.pipeline_inputs import NEEDS_PICTURE, Texts
         from lutetia.models.video_files import to_uint8
 
         pipeline = self.pipeline
-        if image is not None and not pipeline.transformer.takes_first_frames:
+        if image is None and pipeline.spec.picture:
+            raise UsageError(NEEDS_PICTURE.format("name one by --image"))
+        if image is not None and not pipeline.transformer.takes_first_frames and not pipeline.spec.picture:
             raise UsageError("the experts of this mixture were not trained with first frames; leave --image out")
         for problem in Texts.of(list(prompts), negative).too_long(pipeline.text):
             on_cut(problem)

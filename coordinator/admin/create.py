@@ -29,7 +29,7 @@ from lutetia.models.data.description import DataDescription, DataFile, files_of,
 from lutetia.protocol.blobs.store import BlobStore
 from lutetia.protocol.rpc.audit_request import MAX_STEPS
 from lutetia.protocol.schema.canonical import canonical
-from lutetia.protocol.schema.capabilities import CAPTIONS, COMPACT, LANES, SHARD_PARTS
+from lutetia.protocol.schema.capabilities import CAPTIONS, COMPACT, LANES, PICTURES, SHARD_PARTS
 from lutetia.protocol.schema.identity import Identity
 from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest, first_problem, needed_capabilities
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
@@ -224,7 +224,7 @@ def _manifest(
             needs=(
                 SHARD_PARTS, *needed_capabilities(expert, settings.optimisation),
                 *pipeline_needs(expert, description.latent, settings.sampling), *([COMPACT] * (form == "compact")),
-                *([LANES] * (settings.team is not None)),
+                *([LANES] * (settings.team is not None)), *([PICTURES] * (description.latent.picture is not None)),
                 *([CAPTIONS] * any(shard.train.captions > 1 for shard in description.shards)),
             ),
             checkpoints=form, team=settings.team,

@@ -26,6 +26,7 @@ from lutetia.models.data.encode.cache import array_cache
 from lutetia.models.data.encode.encoder import PreparedClips, Progress, Recipe, prepare_captions, prepare_clips
 from lutetia.models.data.encode.features import load_features, wants_text
 from lutetia.models.data.encode.latents import load_latents
+from lutetia.models.data.encode.picture_encoder import VisionEncoder
 from lutetia.models.data.encode.text import load_text_encoder
 from lutetia.models.data.encode.text_encoder import TextEncoder
 from lutetia.models.data.ingest.listing import BadClip, ClipSource, Listing, read_listing
@@ -80,12 +81,14 @@ def build_data(folder: Path, out: Path, settings: BuildSettings, on_progress: Pr
     seconds: dict[str, float] = {}
     check_output(out)
     chosen = settings.model_fields_set
-    settings, text = with_pipeline(settings)
+    settings, text, picture = with_pipeline(settings)
     settings = settings.model_copy(update={"latents": anchored(settings.latents), "text": anchored(settings.text)})
     recipe = Recipe(
         settings.clip_shapes,
         load_latents(settings.latents, device=settings.device),
         load_features(settings.features, settings.device),
+        picture,
+        VisionEncoder(settings.text, settings.device) if picture and picture.vision_tokens else None,
     )
     for shape in recipe.shapes:
         recipe.latents.shape_of(shape.frames, shape.height, shape.width)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lutetia.models.data.cluster.assignment import Placement, Split
 from lutetia.models.data.cluster.contact_sheets import SHEET_CLIPS, write_sheet
@@ -23,6 +24,7 @@ from lutetia.models.data.description import DATA_FILE, DataDescription, DataFile
 from lutetia.models.data.encode.cache import ArrayCache
 from lutetia.models.data.encode.encoder import EmbeddedCaptions, PreparedClips, Progress, Recipe, cached_array
 from lutetia.models.data.encode.text import TextEncoder
+from lutetia.models.data.parts.part_file import picture_shapes
 from lutetia.models.data.parts.writer import ShardWriter, WrittenShard, part_bytes, text_of
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.model.latent_spec import LatentShape, LatentSpec
@@ -47,6 +49,14 @@ class BuildInputs:
         """Raw latents [C, F, H, W] of the clip number `row`."""
         return cached_array(self.cache, self.recipe.latents_key(self.prepared.digests[row], self.prepared.buckets[row]))
 
+    def picture(self, row: int, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+        """What a part holds of the first picture of the clip number `row`, its latents normalised as those of clips."""
+        keys = self.recipe.picture_keys(self.prepared.digests[row], self.prepared.buckets[row])
+        held = {name: torch.from_numpy(cached_array(self.cache, key)) for name, key in keys.items()}
+        if self.recipe.picture:
+            held["pictures"] = self.recipe.picture.scale * (held["pictures"] - mean) / std
+        return held
+
     def frames(self, row: int) -> Frames:
         """The frames of the clip number `row`."""
         return self.decoder.decode(self.prepared.clips[row].path, self.recipe.shapes[self.prepared.buckets[row]])
@@ -69,7 +79,8 @@ def latent_spec(source: BuildInputs, encoder: TextEncoder, normalisation: Litera
         channels=channels, frames=frames, height=height, width=width, mean=mean, std=std,
         vae=recipe.latents.ref, pixel_frames=shape.frames, pixel_height=shape.height, pixel_width=shape.width, fps=shape.fps,
         text_encoder=encoder.ref, text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width,
-        text=encoder.recipe, buckets=tuple(_latent_shape(recipe, further) for further in recipe.shapes[1:]),
+        text=encoder.recipe, picture=recipe.picture,
+        buckets=tuple(_latent_shape(recipe, further) for further in recipe.shapes[1:]),
     )  # fmt: skip
 
 
@@ -140,7 +151,8 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
     relative = f"shards/{index:03d}.{split}.safetensors"
     drawn = split == "train"  # of other clips the first caption is used
     captions = {caption for row in rows for caption in source.prepared.clips[row].captions[: None if drawn else 1]}
-    numbers = sum(math.prod(latent.in_bucket(source.prepared.buckets[row]).shape) for row in rows)
+    of_rows = [latent.in_bucket(source.prepared.buckets[row]) for row in rows]
+    numbers = sum(math.prod(each.shape) + sum(map(math.prod, picture_shapes(each).values())) for each in of_rows)
     total = 2 * (numbers + len(captions) * latent.text_tokens * latent.text_width)
     null = text_of("", *source.embedded.null) if source.embedded.null else None
     writer = ShardWriter(folder / relative, latent, name, split, part_bytes(total), null)
@@ -158,6 +170,7 @@ def _write_split(folder: Path, source: BuildInputs, latent: LatentSpec, index: i
             source.prepared.digests[row],
             source.prepared.buckets[row],
             more,
+            source.picture(row, mean, std),
         )
     return data_file(relative, writer.finish())
 

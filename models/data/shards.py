@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lutetia.models.experts.pictures import Pictures
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 
 Rows = Sequence[int] | Tensor
@@ -23,11 +24,13 @@ class ClipRows:
         latents: [N, C, F, H, W] float32, normalised to about unit variance per channel.
         tokens: text tokens [N, L, D], float32, zero beyond the end of a caption.
         pooled: pooled text vectors [N, P], float32.
+        pictures: of each clip the first one, float32; None: the shard holds none.
     """
 
     latents: Tensor
     tokens: Tensor
     pooled: Tensor
+    pictures: Pictures | None = field(default=None, kw_only=True)
 
 
 class ClipReader(Protocol):
@@ -46,7 +49,7 @@ class ClipReader(Protocol):
         ...
 
     def take(self, rows: Rows, *, with_tokens: bool = True, captions: Tensor | None = None) -> ClipRows:
-        """The clips `rows`, all of one bucket, in that order; without tokens those are [N, 0, D].
+        """The clips `rows`, all of one bucket, in that order; without tokens those are [N, 0, D], and there are no pictures.
 
         `captions` says which of its captions each clip has, as a place in [0, 1) among them, [N]; None: the first.
 
@@ -82,7 +85,8 @@ class ShardData(ClipRows):
         picked = torch.as_tensor(rows, dtype=torch.long)
         tokens = self.tokens[picked] if with_tokens else self.tokens[picked, :0]
         texts, kinds = ([words[row] for row in picked.tolist()] for words in (self.captions, self.kinds))
-        return ShardData(self.latents[picked], tokens, self.pooled[picked], texts, kinds, self.null)
+        pictures = self.pictures.each(lambda tensor: tensor[picked]) if self.pictures else None
+        return ShardData(self.latents[picked], tokens, self.pooled[picked], texts, kinds, self.null, pictures=pictures)
 
 
 def shape_problem(data: ShardData, latent: LatentSpec) -> str | None:
@@ -103,12 +107,18 @@ def shape_problem(data: ShardData, latent: LatentSpec) -> str | None:
     for name, shape in shapes.items():
         if tuple(getattr(data, name).shape) != shape:
             return f"wrong shape: {name} are {list(getattr(data, name).shape)} instead of {list(shape)}"
+    if (data.pictures is None) != (latent.picture is None):
+        return "it has pictures where none belong" if data.pictures else "its pictures are missing"
     return None
 
 
 def infinite_name(rows: ClipRows) -> str | None:
     """The first field of `rows` that holds a number that is not finite; None if there is none."""
-    return next((name for name in ("latents", "tokens", "pooled") if not torch.isfinite(getattr(rows, name)).all()), None)
+    tensors = {name: getattr(rows, name) for name in ("latents", "tokens", "pooled")}
+    if rows.pictures:
+        tensors |= {"pictures": rows.pictures.latents}
+        tensors |= {} if rows.pictures.vision is None else {"vision": rows.pictures.vision}
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
 
 
 def bucket_of(sizes: Sequence[int], rows: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from lutetia.models.experts.adapters.inject import add_adapter
 from lutetia.models.experts.classes.family import TIMESTEPS, Asked, Family, config_of
 from lutetia.models.experts.classes.registry import FAMILIES, family_of
 from lutetia.models.experts.config_bounds import MOST_POSITION_CHANNELS, check_config
+from lutetia.models.experts.pictures import Pictures, empty_pictures
 from lutetia.models.experts.trained import published_tensors
 from lutetia.protocol.schema.canonical import canonical
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
@@ -39,6 +40,8 @@ __all__ = [
     "position_channels", "weight_schema",
 ]  # fmt: skip
 
+_TOKENS_BESIDE_VISION = 512
+"""diffusers' attention of Wan takes the last 512 vectors for text, and those before them for the picture."""
 Schema = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -75,8 +78,9 @@ def call_expert(
     pooled: Tensor | None = None,
     inputs: ExpertInputs | None = None,
     given: Tensor | None = None,
+    pictures: Pictures | None = None,
 ) -> Tensor:
-    """The expert's raw prediction, in the shape of `x_t`; position channels are added here.
+    """The expert's raw prediction, in the shape of `x_t`; channels of pictures and positions are added here.
 
     Args:
         model: the expert.
@@ -87,17 +91,21 @@ def call_expert(
         inputs: what else it is given (`ExpertSpec.inputs`). None: what its class needs.
         given: rows whose first latent frame is clean and is only to be continued, bool `[B]`. None: no row, asked in the way that
             all classes know.
+        pictures: of each row, for experts that take them in channels of their own.
     """
     family = family_of(type(model).__name__.removeprefix("FSDP"))  # `fully_shard` sets it before the name
     inputs = inputs or family.inputs
+    if pictures:
+        x_t = torch.cat([x_t, pictures.channels(x_t)], dim=1)
+    vision = None if pictures is None or pictures.vision is None else pictures.vision.to(x_t)
     extra = _input_channels(family, config_of(model)) - x_t.shape[1]
     if extra:
         positions = position_channels(extra, *x_t.shape[2:], x_t.device, x_t.dtype)
         x_t = torch.cat([x_t, positions.expand(len(x_t), -1, -1, -1, -1)], dim=1)
     timestep = t * TIMESTEPS
     if inputs.reversed:
-        return -family.call(model, Asked(x_t, TIMESTEPS - timestep, tokens, pooled, inputs, given))
-    return family.call(model, Asked(x_t, timestep, tokens, pooled, inputs, given))
+        return -family.call(model, Asked(x_t, TIMESTEPS - timestep, tokens, pooled, inputs, given, vision))
+    return family.call(model, Asked(x_t, timestep, tokens, pooled, inputs, given, vision))
 
 
 @lru_cache(maxsize=16)
@@ -160,8 +168,9 @@ def _check_fits(expert: bytes, latents: bytes) -> None:
     family = family_of(spec.class_name)
     p_t, p_h, p_w = family.patch(config)
     _check_first_frame(spec, family, p_t)
+    _check_pictures(spec, family, config, latent)
     volume = p_t * p_h * p_w if family.packed else 1
-    extra = _input_channels(family, config) - latent.channels
+    extra = _input_channels(family, config) - latent.channels - (latent.channels + latent.picture.mask if latent.picture else 0)
     if config.in_channels % volume or extra < 0 or extra % 6 or extra > MOST_POSITION_CHANNELS:
         raise ConfigError(
             f"the expert's in_channels is {config.in_channels} but the run's latents have {latent.channels} channels; "
@@ -192,6 +201,31 @@ def _check_fits(expert: bytes, latents: bytes) -> None:
         raise ConfigError(f"{spec.class_name} cannot take the run's latents: {reason}; correct the expert config") from error
 
 
+def _check_pictures(spec: ExpertSpec, family: Family, config: Any, latent: LatentSpec) -> None:
+    picture = latent.picture
+    has = [key for key in ("image_dim", "pos_embed_seq_len") if config.get(key) is not None]
+    if picture is None:
+        if has:
+            raise ConfigError(
+                f"{spec.class_name} takes pictures ({has[0]} is set), but the data have none; use another transformer"
+            )
+        return
+    if not family.takes_pictures or spec.first_frame is not None:
+        raise ConfigError(
+            f"{spec.class_name} cannot take the data's pictures as it is used; use the text-to-video data of its pipeline"
+        )
+    if (config.get("image_dim") or 0) != picture.vision_width or "pos_embed_seq_len" in has:
+        raise ConfigError(
+            f"{spec.class_name} has image_dim {config.get('image_dim')} and pos_embed_seq_len {config.get('pos_embed_seq_len')}, "
+            f"but the data have one picture with vectors of {picture.vision_width or None}; build the data from the same pipeline"
+        )
+    if picture.vision_width and latent.text_tokens != _TOKENS_BESIDE_VISION:
+        raise ConfigError(
+            f"{spec.class_name} with an image encoder takes {_TOKENS_BESIDE_VISION} text tokens, not {latent.text_tokens}; "
+            "leave text_tokens out"
+        )
+
+
 def _check_first_frame(spec: ExpertSpec, family: Family, frames: int) -> None:
     if spec.first_frame is None:
         return
@@ -211,7 +245,8 @@ def _rehearse(spec: ExpertSpec, latent: LatentSpec) -> None:
         return
     with torch.device("meta"):
         x, t, text = torch.empty(1, *latent.shape), torch.empty(1), torch.empty(1, latent.text_tokens, latent.text_width)
-        out = call_expert(construct(spec), x, t, text, torch.empty(1, latent.pooled_width), spec.inputs)
+        pooled, pictures = torch.empty(1, latent.pooled_width), empty_pictures(latent, 1)
+        out = call_expert(construct(spec), x, t, text, pooled, spec.inputs, pictures=pictures)
     if out.shape != x.shape:
         raise ValueError(f"it answers with shape {list(out.shape[1:])} instead of {list(x.shape[1:])}")
 

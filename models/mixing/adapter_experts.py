@@ -100,9 +100,9 @@ class AdapterExperts:
         answer = module_denoiser(model, kind.prediction, schedule_of(kind), lambda: self._mixture.call_of(kind))
         self._adapter(index)
 
-        def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+        def denoise(x_t: Tensor, *asked: Any) -> Tensor:
             self._place(index, x_t.device)
-            return answer(x_t, t, tokens, pooled)
+            return answer(x_t, *asked)
 
         return denoise
 

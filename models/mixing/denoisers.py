@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from lutetia.models.experts.families import call_expert
 from lutetia.models.experts.objectives import Prediction, Schedule, schedule_of, velocity
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.mixing.description import ExpertKind
 from lutetia.models.mixing.folder import MixtureFolder
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 
-Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None) -> velocity like x_t."""
+Denoiser = Callable[..., Tensor]
+"""(x_t [B, ...], t [B], tokens [B, L, D], pooled [B, P] or None[, pictures of the rows]) -> velocity like x_t."""
 
 log = logging.getLogger(__name__)
 
@@ -58,14 +59,14 @@ def module_denoiser(
     `call` says at each call what else the expert is given.
     """
 
-    def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    def denoise(x_t: Tensor, t: Tensor, tokens: Tensor, pooled: Tensor | None, pictures: Pictures | None = None) -> Tensor:
         if next(model.parameters()).device != x_t.device:
             model.to(x_t.device)
 
         def ask(z: Tensor, s: Tensor) -> Tensor:
             asked = call()
             given = torch.ones(len(z), dtype=torch.bool, device=z.device) if asked.given else None
-            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled, asked.inputs, given)
+            return call_expert(model, z.to(tokens.dtype), s, tokens, pooled, asked.inputs, given, pictures)
 
         return velocity(prediction, schedule, ask, x_t, t)
 

@@ -179,7 +179,7 @@ def _taken(shards: Sequence[ClipReader], rows: _Rows) -> ClipRows:
         order.append(places)
         parts.append(shards[label].take(rows.clips[places], with_tokens=False, captions=rows.captions[places]))
     back = torch.cat(order).argsort()
-    return ClipRows(*(torch.cat([getattr(part, field.name) for part in parts])[back] for field in fields(ClipRows)))
+    return ClipRows(*(torch.cat([getattr(part, name) for part in parts])[back] for name in ("latents", "tokens", "pooled")))
 
 
 def _split(shards: Sequence[ClipReader]) -> tuple[list[Excerpt], list[Excerpt]]:

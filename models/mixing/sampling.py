@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lutetia.models.experts.objectives import shift_time, with_first_frame
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.mixing.stock.solvers import EulerSolver, Solver
 from lutetia.models.mixture import MixtureTransformer, Mode, combine, noised_first_frame
 from lutetia.models.randomness import normals, seed_of, stream
@@ -79,6 +80,7 @@ def sample(
     on_step: StepDone | None = None,
     first_frame: Tensor | None = None,
     other: MixtureTransformer | None = None,
+    pictures: Pictures | None = None,
 ) -> SampledLatents:
     """Integrate the flow from `noise` to data.
 
@@ -98,6 +100,7 @@ def sample(
         on_step: called after every step; may replace the state or stop the sampling.
         first_frame: latents of the clips' first frame, which the experts continue, [N, C, 1, H, W].
         other: what is asked at the noise levels that experts for a part of them do not have. Its weights are not returned.
+        pictures: of each clip, for experts that take them in channels of their own.
 
     Raises UsageError without `other` for experts for a part of the noise levels.
     """
@@ -122,7 +125,7 @@ def sample(
         before = asked
         only = expert if asked.count == mixture.count else None
         weights = _decide(asked, seen.to(state.tokens.dtype), t, state.pooled, mode, only, seeds)
-        flow = _guided_velocity(asked, replace(state, latents=x), t, weights, guidance)
+        flow = _guided_velocity(asked, replace(state, latents=x), t, weights, guidance, pictures)
         state = replace(state, latents=solver.advance(step, state.latents, flow))
         routing.append(weights.float().cpu() if asked is mixture else torch.zeros(len(x), mixture.count))
         changed = on_step(step, state) if on_step else state
@@ -133,11 +136,18 @@ def sample(
     return SampledLatents(latents, torch.stack(routing))
 
 
-def _guided_velocity(mixture: MixtureTransformer, state: SamplingState, t: Tensor, weights: Tensor, guidance: float) -> Tensor:
+def _guided_velocity(
+    mixture: MixtureTransformer,
+    state: SamplingState,
+    t: Tensor,
+    weights: Tensor,
+    guidance: float,
+    pictures: Pictures | None,
+) -> Tensor:
     """The velocity under guidance; both branches go through each expert as one batch."""
     x = state.latents
     if guidance == 1:
-        return combine(mixture.expert, weights, x, t, state.tokens, state.pooled)
+        return combine(mixture.expert, weights, x, t, state.tokens, state.pooled, pictures)
     both = combine(
         mixture.expert,
         torch.cat([weights, weights]),
@@ -145,6 +155,7 @@ def _guided_velocity(mixture: MixtureTransformer, state: SamplingState, t: Tenso
         torch.cat([t, t]),
         torch.cat([state.tokens, state.negative_tokens]),
         torch.cat([state.pooled, state.negative_pooled]),
+        pictures.each(lambda tensor: torch.cat([tensor, tensor])) if pictures else None,
     )
     given, negative = both.chunk(2)
     return torch.lerp(negative, given, guidance)

@@ -51,6 +51,7 @@ CONVENTIONS: Mapping[str, Convention] = {
     "LTXPipeline": _LTX,
     "LTXImageToVideoPipeline": replace(_LTX, first_frame=0.9),
     "CogVideoXPipeline": Convention(TextRecipe(attends_padding=True, keeps_padding=True), 226, 50, 6.0, 8.0),
+    "CogVideoXImageToVideoPipeline": Convention(TextRecipe(attends_padding=True, keeps_padding=True), 226, 50, 6.0, 8.0),
     "HunyuanVideoPipeline": Convention(
         TextRecipe(
             template=_HUNYUAN_TEMPLATE, crop=95, layer=2, pooled_encoder="text_encoder_2", pooled_tokenizer="tokenizer_2"
@@ -60,11 +61,12 @@ CONVENTIONS: Mapping[str, Convention] = {
     "MochiPipeline": Convention(TextRecipe(), 256, 64, 4.5, 30.0, masked=True, grid="linear-quadratic"),
 }  # fmt: skip
 
-_OWN_CHANNELS = "it takes its first frame in channels of its own, which experts do not have; use the text-to-video pipeline"
+WAN_WITH_PICTURES = Convention(TextRecipe(cleaned=True), 512, 50, 5.0, 16.0)
+"""Of a WanImageToVideoPipeline without `expand_timesteps` (Wan 2.1, Wan 2.2 A14B): the picture has channels of its own."""
+
 OTHER_TASKS: Mapping[str, str] = {
     "WanVideoToVideoPipeline": "its parts are those of WanPipeline; name a pipeline of that class",
-    "CogVideoXImageToVideoPipeline": _OWN_CHANNELS,
-    "HunyuanVideoImageToVideoPipeline": _OWN_CHANNELS,
+    "HunyuanVideoImageToVideoPipeline": "its text encoder reads the picture, too; use the text-to-video pipeline",
     "LTXConditionPipeline": "its parts are those of LTXPipeline; name a pipeline of that class",
 }
 """Why pipelines that people may try are refused, and what to do."""

@@ -12,20 +12,25 @@ from lutetia.models.data.encode.text_encoder import TextEncoder
 from lutetia.models.experts.families import check_fits
 from lutetia.models.sources.pipeline import PipelineSource, open_pipeline
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
-from lutetia.protocol.schema.model.pipeline_spec import SIDES, TextRecipe
+from lutetia.protocol.schema.model.pipeline_spec import SIDES, PictureSpec, TextRecipe
 from lutetia.system.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
-def with_pipeline(settings: BuildSettings) -> tuple[BuildSettings, TextRecipe | None]:
-    """The settings with what their pipeline says, and how it encodes captions; both as they are without a pipeline.
+def with_pipeline(settings: BuildSettings) -> tuple[BuildSettings, TextRecipe | None, PictureSpec | None]:
+    """The settings with what their pipeline says, how it encodes captions, and what it takes of a clip's first picture.
+
+    Without a pipeline: the settings, and twice None.
 
     Raises ConfigError: the pipeline cannot be used, a setting contradicts it, or its transformer cannot take clips of this shape.
     """
     if settings.pipeline is None:
-        return settings, None
-    source = open_pipeline(settings.pipeline, weights=("vae", "text_encoder"))
+        return settings, None, None
+    source = open_pipeline(settings.pipeline)
+    picture = source.picture
+    more = ("image_encoder",) if picture and picture.vision_tokens else ()
+    source = open_pipeline(source.model.text, weights=("vae", "text_encoder", *more))
     for name in ("latents", "text", "normalisation"):
         if name in settings.model_fields_set:
             raise ConfigError(
@@ -44,7 +49,11 @@ def with_pipeline(settings: BuildSettings) -> tuple[BuildSettings, TextRecipe | 
         settings.latents, settings.text_tokens, settings.fps,
     )  # fmt: skip
     _check_expert(source, settings)
-    return settings, source.text
+    if picture and any(shape.frames == 1 for shape in settings.clip_shapes):
+        raise ConfigError(
+            f"{source.class_name} continues pictures, so clips of one frame teach it nothing; leave out frames and buckets of 1"
+        )
+    return settings, source.text, picture
 
 
 def check_tokenizer(encoder: TextEncoder) -> None:
@@ -61,6 +70,7 @@ def _check_expert(source: PipelineSource, settings: BuildSettings) -> None:
         channels=channels, frames=frames, height=height, width=width, vae=settings.latents, pixel_frames=settings.frames,
         pixel_height=settings.height, pixel_width=settings.width, fps=settings.fps, text_encoder=settings.text,
         text_tokens=encoder.tokens, text_width=encoder.width, pooled_width=encoder.pooled_width, text=source.text,
+        picture=source.picture,
     )  # fmt: skip
     for side in SIDES if len(source.transformers) > 1 else (None,):
         check_fits(source.expert(settings.fps, source.noise_part(side)), latent)

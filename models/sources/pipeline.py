@@ -16,11 +16,11 @@ from lutetia.models.experts.beta_table import betas_of, is_flow
 from lutetia.models.mixing.stock.solvers import dynamic_shift
 from lutetia.models.networks.model_ref import ModelRef, hub_errors, parse_ref, read_config, refuse_pickled, snapshot
 from lutetia.models.networks.video_autoencoders import ltx_ratios
-from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, Convention
+from lutetia.models.sources.conventions import CONVENTIONS, OTHER_TASKS, WAN_WITH_PICTURES, Convention
 from lutetia.protocol.schema.manifest import first_problem
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
-from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, NoisePart, SchedulerSpec, Side, TextRecipe
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs, NoisePart, PictureSpec, SchedulerSpec, Side, TextRecipe
 from lutetia.protocol.schema.model.training_spec import SamplingSpec
 from lutetia.system.errors import ConfigError
 
@@ -76,6 +76,32 @@ class PipelineSource:
     def tokens(self) -> int:
         """Tokens of a caption: what the transformer's config fixes, else the default of the pipeline's call."""
         return int(self.config("transformer").get("max_text_seq_length") or self.convention.tokens)
+
+    @property
+    def picture(self) -> PictureSpec | None:
+        """What its transformer is given of the first picture of each clip, in channels of its own. Raises ConfigError."""
+        config, vae = self.config("transformer"), self.config("vae")
+        if self.convention is WAN_WITH_PICTURES:
+            mask = int(config.get("in_channels") or 0) - 2 * int(config.get("out_channels") or 0)
+            return PictureSpec(frames="all", mask=min(max(mask, 0), 64), **self._vision(config.get("image_dim")))
+        if self.class_name == "CogVideoXImageToVideoPipeline":
+            scale = float(vae.get("scaling_factor") or 1.0) if vae.get("invert_scale_latents") else 1.0
+            return PictureSpec(frames="first", scale=scale**-2)
+        return None
+
+    def _vision(self, width: int | None) -> dict[str, int]:
+        """How many vectors of which width its image encoder gives a picture, if the transformer takes such."""
+        if width is None:
+            return {}
+        for part in ("image_encoder", "image_processor"):
+            if not _given(self.index.get(part)):
+                raise ConfigError(
+                    f"{WHAT} {self.model.text!r} has no {part}, but its transformer needs one; name a whole pipeline"
+                )
+        config = self.config("image_encoder")
+        config = config.get("vision_config") or config
+        side = int(config.get("image_size", 224)) // int(config.get("patch_size", 32))
+        return {"vision_tokens": side**2 + 1, "vision_width": int(config.get("hidden_size", 768))}
 
     @property
     def transformers(self) -> tuple[str, ...]:
@@ -168,7 +194,8 @@ def open_pipeline(ref: str, hub: bool = True, weights: tuple[str, ...] = ()) -> 
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         class_name = str(index["_class_name"])
     _check(ref, class_name, index)
-    source = PipelineSource(model, folder, index, CONVENTIONS[class_name])
+    channels = class_name == "WanImageToVideoPipeline" and not index.get("expand_timesteps")
+    source = PipelineSource(model, folder, index, WAN_WITH_PICTURES if channels else CONVENTIONS[class_name])
     for part in weights:
         _check_weights(ref, folder / part)
     return source
@@ -185,11 +212,6 @@ def _check(ref: str, class_name: str, index: Mapping[str, Any]) -> None:
         transformers.append("transformer_2")
         if not (isinstance(boundary, float) and 0 < boundary < 1):
             raise ConfigError(f"{WHAT} {ref!r} has a boundary_ratio of {boundary} between its two transformers; name another")
-    if class_name == "WanImageToVideoPipeline" and not index.get("expand_timesteps"):
-        raise ConfigError(
-            f"{WHAT} {ref!r} is a {class_name} that takes its first frame in channels of its own, which is not supported; "
-            "use one that takes it as a frame at time 0, such as Wan 2.2 TI2V-5B"
-        )
     for part in (*transformers, "scheduler", "vae", "text_encoder", "tokenizer"):
         if not _given(index.get(part)):
             raise ConfigError(f"{WHAT} {ref!r} has no {part}; name a whole pipeline")
@@ -215,6 +237,9 @@ def mismatch(source: PipelineSource, latent: LatentSpec) -> str | None:
     ):
         if made != own:
             return f"the data's {what} were made by {made}, but the {WHAT} has {own}"
+    if latent.picture != source.picture:
+        held = "no first pictures of clips" if latent.picture is None else f"first pictures of clips as {latent.picture}"
+        return f"the data hold {held}, but {source.class_name} needs {source.picture or 'none'}"
     if latent.text != source.text:
         return f"the data's text embeddings were made in another way than {source.class_name} makes them"
     return None

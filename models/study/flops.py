@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lutetia.models.experts.families import build_meta, call_expert, family_of
+from lutetia.models.experts.pictures import empty_pictures
 from lutetia.models.mixing.router import router_of
 from lutetia.protocol.schema.canonical import Frozen
 from lutetia.protocol.schema.manifest import Manifest
@@ -37,9 +38,10 @@ def expert_cost(spec: ExpertSpec, latent: LatentSpec) -> Cost:
     with torch.device("meta"):
         x, t = torch.empty(1, *latent.shape), torch.empty(1)
         tokens, pooled = torch.empty(1, latent.text_tokens, latent.text_width), torch.empty(1, latent.pooled_width)
+        pictures = empty_pictures(latent, 1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         try:
-            out = call_expert(model, x, t, tokens, pooled)
+            out = call_expert(model, x, t, tokens, pooled, pictures=pictures)
         except RuntimeError:
             return _by_formula(model, latent)
         forward = counter.get_total_flops()

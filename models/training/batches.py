@@ -13,6 +13,7 @@ from torch import Tensor
 from lutetia.models.data.parts.batch_order import BatchOrder, batch_number
 from lutetia.models.data.shards import ClipReader
 from lutetia.models.experts.objectives import times
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.randomness import normals, of_lane, stream
 from lutetia.protocol.schema.manifest import Manifest
 
@@ -34,6 +35,9 @@ class Batch:
     given: Tensor | None = None
     """Whether a row's first latent frame is given, bool [B]; None: the expert takes no first frames"""
 
+    pictures: Pictures | None = None
+    """Of each row's clip the first one; None: the data have none"""
+
     def rows(self, first: int, last: int) -> Batch:
         """The micro-batch of rows `first` to `last - 1`; views, not copies."""
         return self._with(lambda tensor: tensor[first:last])
@@ -47,7 +51,8 @@ class Batch:
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         given = None if self.given is None else change(self.given)
         return Batch(
-            change(self.latents), change(self.noise), change(self.time), change(self.tokens), change(self.pooled), given
+            change(self.latents), change(self.noise), change(self.time), change(self.tokens), change(self.pooled), given,
+            self.pictures.each(change) if self.pictures else None,
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -90,6 +95,7 @@ class Batches:
             given=first_frames_given(
                 self._first_frame, stream(*place, of_lane("first frame", self._lane)), clips.latents.shape[2], size
             ),
+            pictures=clips.pictures,
         )
 
 

@@ -132,10 +132,11 @@ def holdout_loss(
         taken = data.take(clips[rows])
         latents, tokens, pooled = (each.to(device) for each in (taken.latents, taken.tokens, taken.pooled))
 
+        pictures = taken.pictures.each(lambda tensor: tensor.to(device)) if taken.pictures else None
         given = None if spec.first_frame is None else (with_frame[rows] & (latents.shape[2] > 1)).to(device)
 
         def answer(z, s):
-            return call_expert(model, z, s, tokens, pooled, spec.inputs, given)
+            return call_expert(model, z, s, tokens, pooled, spec.inputs, given, pictures)
 
         asked = latents, noise.take(rows).to(device), t[rows].to(device), given
         return weighted_losses(manifest.optimisation, spec, answer, *asked).cpu()

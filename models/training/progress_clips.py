@@ -28,11 +28,13 @@ class ProgressClips:
     The text encoder is used once and dropped. Nothing is downloaded.
 
     Raises ConfigError at the start if text encoder or autoencoder are not on this machine, or if the expert has a part of the
-    noise levels alone.
+    noise levels alone or needs a picture.
     """
 
     def __init__(self, trainer: ExpertTrainer) -> None:
         manifest = trainer.manifest
+        if manifest.latent.picture:
+            raise ConfigError("the expert begins clips with a picture, which prompts lack; sample the mixture with one")
         if trainer.spec.noise_part:
             raise ConfigError("the expert has a part of the noise levels, so that it makes no clips alone; sample the mixture")
         self.prompts: tuple[str, ...] = manifest.sampling.prompts[:MOST_CLIPS]

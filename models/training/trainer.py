@@ -212,7 +212,9 @@ class ExpertTrainer:
         return total
 
     def _answers(self, rows: Batch):
-        return lambda z, s: call_expert(self.model, z, s, rows.tokens, rows.pooled, self.spec.inputs, rows.given)
+        return lambda z, s: call_expert(
+            self.model, z, s, rows.tokens, rows.pooled, self.spec.inputs, rows.given, rows.pictures
+        )  # fmt: skip
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.precision == "float32":

@@ -19,9 +19,10 @@ FIRST_FRAME = "first-frame"
 LANES = "lanes"
 CAPTIONS = "captions"
 NOISE_PARTS = "noise-parts"
+PICTURES = "pictures"
 CAPABILITIES: tuple[str, ...] = (
     "unknown-fields", SHARD_PARTS, ADAPTERS, PIPELINES, LOSS_WEIGHTS, COMPACT, LANES, FIRST_FRAME, CAPTIONS,
-    NOISE_PARTS,
+    NOISE_PARTS, PICTURES,
 )  # fmt: skip
 """`unknown-fields`: carries the fields of later versions instead of refusing them. `shard-parts`: trains on shards in parts.
 `adapters`: trains, checks and replays experts that are adapters on a frozen base.
@@ -30,7 +31,8 @@ CAPABILITIES: tuple[str, ...] = (
 `lanes`: trains, replays and merges the lanes of an epoch.
 `first-frame`: trains experts with the first frame of some samples given.
 `captions`: draws one of a clip's captions in each step.
-`noise-parts`: trains experts at a part of the noise levels alone."""
+`noise-parts`: trains experts at a part of the noise levels alone.
+`pictures`: trains experts on shards that hold the first picture of each clip."""
 _WORD = re.compile(r"[a-z][a-z0-9 -]{0,31}")
 
 

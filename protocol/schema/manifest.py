@@ -16,6 +16,7 @@ from lutetia.protocol.schema.capabilities import (
     LANES,
     LOSS_WEIGHTS,
     NOISE_PARTS,
+    PICTURES,
     Capabilities,
 )
 from lutetia.protocol.schema.fields import (
@@ -191,6 +192,10 @@ class Manifest(WireDocument):
             raise ValueError("all experts of a run must be for the same part of the noise levels")
         if self.expert.noise_part and NOISE_PARTS not in self.needs:
             raise ValueError(f"experts for a part of the noise levels need the capability {NOISE_PARTS}; add it to needs")
+        if self.latent.picture and PICTURES not in self.needs:
+            raise ValueError(f"data with pictures need the capability {PICTURES}; add it to needs")
+        if self.latent.picture and self.sampling.prompts:
+            raise ValueError("clips of the data begin with a picture, which sampling.prompts lack; leave the prompts out")
         if self.expires <= self.created:
             raise ValueError("expires must lie after created")
         if self.checkpoint_samples % self.optimisation.batch or self.samples_per_shard % self.checkpoint_samples:

@@ -125,6 +125,8 @@ def _consistent(value: Json) -> Json:
     channels = latent["channels"] if latent["channels"] <= 8 else 0
     latent |= {"mean": [0.5] * channels, "std": [1.5] * channels}
     value |= {"checkpoint_samples": 2 * batch, "samples_per_shard": 6 * batch, "expires": created + abs(created) + 1}
+    if latent.get("picture"):
+        value["sampling"]["prompts"] = []
     value["needs"] = list(CAPABILITIES)  # some settings need one, and an unknown one is a reason to refuse
     value.pop("team", None)  # it needs a capability that no version has yet
     value["run"] = None if value["version"] == 1 else value.get("run") or "a" * 64

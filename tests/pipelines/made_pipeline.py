@@ -83,6 +83,9 @@ def draw_stock(made: Made, transformer: Any = None, image: Any = None, **more: A
         stock = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)  # pyright: ignore
         stock.set_progress_bar_config(disable=True)
     own, stock.transformer = stock.transformer, transformer or stock.transformer
+    if made.manifest.latent.picture:
+        image = image or PICTURE
+        more = {"image": [image] * 2 if made.name.startswith("cogvideox") else image, **more}
     options: dict[str, Any] = {
         "height": latent.pixel_height, "width": latent.pixel_width, "num_frames": latent.pixel_frames,
         "num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "latents": made.noise.clone(),
@@ -96,7 +99,7 @@ def draw_stock(made: Made, transformer: Any = None, image: Any = None, **more: A
         case "cogvideox":
             options |= {"latents": made.noise.transpose(1, 2).clone(), "max_sequence_length": latent.text_tokens}
             options |= {"generator": torch.Generator().manual_seed(3)}
-        case "wan22" if image:
+        case "wan22" if image and made.name == "wan22-ti2v":
             options |= {"image": image}
         case "hunyuan":
             options |= {"guidance_scale": 6.0, "true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""]}
@@ -114,6 +117,7 @@ def apart(ours: Tensor, theirs: Tensor) -> float:
 
 
 def draw_mixture(made: Made, image: Any = None) -> Tensor:
-    options: dict[str, Any] = {"image": PICTURE if made.name == "ltx-i2v" else image, "latents": made.noise.clone()}
+    always = made.name == "ltx-i2v" or made.manifest.latent.picture
+    options: dict[str, Any] = {"image": image or (PICTURE if always else None), "latents": made.noise.clone()}
     options |= {"generator": torch.Generator().manual_seed(3), "output_type": "latent", "return_dict": False}
     return made.mixture(PROMPTS, **options)[0]

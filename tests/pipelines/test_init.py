@@ -20,7 +20,7 @@ def test_init_from_a_pipeline_proposes_clips_that_it_takes(tmp_path: Path) -> No
     run = settings_of(RunSettings, "file", read_config(file, "run"))
     assert data.pipeline == run.pipeline == str(pipeline_folder("ltx"))
     assert (data.frames, report.data.frames) == (9, 9), "LTX takes 4n + 1 frames here, not 8"
-    found, text = with_pipeline(data)
+    found, text, _ = with_pipeline(data)
     assert text is not None
     assert found.text_tokens == 128
     write_settings(clips, tmp_path / "other.toml", lambda *_: None, str(pipeline_folder("wan22-a14b")))

@@ -73,6 +73,12 @@ def with_a_second_transformer(folder: Path) -> None:
     edit(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
 
 
+def of_pictures_without_an_encoder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    altered(folder, "wan21-i2v")
+    edit(folder / "model_index.json", image_encoder=[None, None])
+
+
 def with_cosine_betas(folder: Path) -> None:
     edit(folder / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     edit(folder / "scheduler" / "scheduler_config.json", use_flow_sigmas=False, prediction_type="epsilon", beta_schedule="x")
@@ -86,13 +92,14 @@ def without_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (of_another_class, "is a StableDiffusionPipeline, which is not supported; use one of CogVideoXPipeline"),
+        (of_another_class, "is a StableDiffusionPipeline, which is not supported; use one of CogVideoXImageToVideoPipeline"),
         (with_pickled_weights, "the vae of pipeline .* has pickled weights only"),
         (without_vae, "has no vae; name a whole pipeline"),
         (with_another_transformer, "WanVACETransformer3DModel' is not supported: it needs a control clip"),
         (with_another_text_width, "text_dim is 4096 but the run's data need 32"),
         (with_other_latents, "in_channels is 48 but the run's latents have 16"),
         (with_a_second_transformer, "has a boundary_ratio of None between its two transformers"),
+        (of_pictures_without_an_encoder, "has no image_encoder, but its transformer needs one; name a whole pipeline"),
         (with_cosine_betas, "noise schedule 'x' of the scheduler is not supported"),
         (without_tokenizer, "cannot load the tokenizer of text encoder"),
     ],
@@ -105,21 +112,6 @@ def test_pipeline_that_cannot_be_used_is_refused_before_clips_are_read(
     with pytest.raises(ConfigError, match=says) as caught:
         build_data(tmp_path / "no clips", tmp_path / "out", build_settings("wan21", tmp_path, pipeline=str(folder)))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("wan21-i2v", "is a WanImageToVideoPipeline that takes its first frame in channels of its own, which is not supported"),
-    ],
-)
-def test_pipelines_for_other_tasks_are_refused(name: str, says: str, tmp_path: Path) -> None:
-    for refuse in (
-        lambda: build_data(tmp_path / "no clips", tmp_path / "out", build_settings(name, tmp_path)),
-        lambda: with_pipeline(run_settings(name), None),  # pyright: ignore[reportArgumentType]
-    ):
-        with pytest.raises(ConfigError, match=says):
-            refuse()
 
 
 def test_run_says_which_of_two_transformers_it_trains(tmp_path: Path) -> None:
@@ -170,13 +162,38 @@ def test_clips_that_do_not_fit_are_refused_before_they_are_read(changes: dict[st
         build_data(tmp_path / "no clips", tmp_path / "out", build_settings("wan21", tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text_tokens": 200}, "with an image encoder takes 512 text tokens, not 200; leave text_tokens out"),
+        (
+            {"buckets": ((1, 32, 32),)},
+            "continues pictures, so clips of one frame teach it nothing; leave out frames and buckets of 1",
+        ),
+    ],
+)
+def test_clips_that_cannot_begin_with_a_picture_are_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        build_data(tmp_path / "no clips", tmp_path / "out", build_settings("wan21-i2v", tmp_path, **changes))
+
+
+def test_data_without_pictures_are_refused_for_experts_that_take_them(tmp_path: Path) -> None:
+    latent = latent_of("wan21-i2v", tmp_path)
+    assert latent.picture is not None
+    assert (latent.picture.mask, latent.picture.vision_tokens, latent.picture.vision_width) == (4, 5, 16)
+    without = latent.model_copy(update={"picture": None})
+    with pytest.raises(ConfigError, match="the data hold no first pictures of clips, but WanImageToVideoPipeline needs"):
+        with_pipeline(run_settings("wan21-i2v"), without)
+
+
 def latent_of(name: str, tmp_path: Path) -> LatentSpec:
-    settings, text = data_settings(build_settings(name, tmp_path))
+    settings, text, picture = data_settings(build_settings(name, tmp_path))
     channels, frames, height, width = load_latents(settings.latents).shape_of(settings.frames, settings.height, settings.width)
     return LatentSpec(
         channels=channels, frames=frames, height=height, width=width, vae=settings.latents, pixel_frames=settings.frames,
         pixel_height=settings.height, pixel_width=settings.width, fps=settings.fps, text_encoder=settings.text,
         text_tokens=settings.text_tokens or 1, text_width=32, pooled_width=32, text=text,
+        picture=picture,
     )  # fmt: skip
 
 
@@ -211,7 +228,7 @@ def test_shift_that_depends_on_the_size_is_that_of_these_latents(tmp_path: Path)
 
 
 def test_settings_of_data_come_from_the_pipeline(tmp_path: Path) -> None:
-    settings, text = data_settings(build_settings("hunyuan", tmp_path).model_copy(update={"text_tokens": None}))
+    settings, text, _ = data_settings(build_settings("hunyuan", tmp_path).model_copy(update={"text_tokens": None}))
     assert settings.text_tokens == CONVENTIONS["HunyuanVideoPipeline"].tokens == 256
     assert text is not None
     assert (text.crop, text.layer, text.pooled_encoder) == (95, 2, "text_encoder_2")
@@ -242,7 +259,7 @@ def test_pipeline_of_a_hub_that_is_away_comes_from_the_cache_and_names_its_commi
 
 @pytest.mark.usefixtures("hub")
 def test_parts_of_a_cached_pipeline_are_read_without_the_hub(tmp_path: Path) -> None:
-    settings, text = data_settings(build_settings("wan21", tmp_path, pipeline="owner/wan"))
+    settings, text, _ = data_settings(build_settings("wan21", tmp_path, pipeline="owner/wan"))
     assert (settings.latents, settings.text) == (f"owner/wan/vae@{COMMIT}", f"owner/wan@{COMMIT}")
     assert load_latents(settings.latents).module is not None
     tokens, _ = load_text_encoder(settings.text, 8, text).encode(["a red ball"])

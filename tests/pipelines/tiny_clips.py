@@ -53,7 +53,7 @@ def run_settings(name: str, **changes: Any) -> RunSettings:
     values = {
         "pipeline": str(pipeline_folder(name)), "sampling": SamplingSpec(steps=STEPS, guidance=3.0),
         "optimisation": Optimisation(batch=2, learning_rate=1e-3, warmup_steps=1, text_dropout=0.5, ema_decay=0.5),
-        "samples_per_shard": 4, "checkpoint_samples": 4, "part": "high" if name == "wan22-a14b" else None,
+        "samples_per_shard": 4, "checkpoint_samples": 4, "part": "high" if "a14b" in name else None,
     }  # fmt: skip
     return RunSettings(**{**values, **changes})
 

@@ -96,6 +96,14 @@ def _wan_a14b() -> Any:
     return _wan(transformer_2=_wan_transformer(), boundary_ratio=0.875)
 
 
+def _wan_a14b_i2v() -> Any:
+    first, second = (_wan_transformer(in_channels=36, num_layers=1) for _ in range(2))
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=_tokenizer(512), text_encoder=_t5("UMT5"), vae=_wan_vae(), scheduler=_unipc(3.0), image_encoder=None,
+        image_processor=None, transformer=first, transformer_2=second, boundary_ratio=0.875,
+    )  # fmt: skip
+
+
 def _wan_ti2v(kind: Any = diffusers.WanPipeline, **more: Any) -> Any:
     vae = _wan_vae(
         z_dim=48, is_residual=True, patch_size=2, in_channels=12, out_channels=12, decoder_base_dim=4, scale_factor_spatial=16,
@@ -152,25 +160,26 @@ def _ltx(kind: Any = diffusers.LTXPipeline, scale: float = 0.9) -> Any:
     return kind(tokenizer=_tokenizer(128), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer)
 
 
-def _cogvideox(rotary: bool) -> Any:
+def _cogvideox(rotary: bool, pictures: bool = False) -> Any:
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
-        scaling_factor=0.7 if rotary else 1.15258426,
+        scaling_factor=0.7 if rotary else 1.15258426, invert_scale_latents=pictures,
     )  # fmt: skip
     transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=WIDTH,
-        num_layers=2, sample_width=8, sample_height=8, sample_frames=FRAMES, max_text_seq_length=12,
+        num_attention_heads=2, attention_head_dim=16, in_channels=8 if pictures else 4, out_channels=4, time_embed_dim=8,
+        ofs_embed_dim=8 if pictures else None, text_embed_dim=WIDTH, num_layers=2,
+        sample_width=8, sample_height=8, sample_frames=FRAMES, max_text_seq_length=12,
         use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
-    kind = diffusers.CogVideoXDPMScheduler if rotary else diffusers.CogVideoXDDIMScheduler
+    vae.encoder.conv_out.conv.bias.data[4:] = -40.0  # the posterior has hardly any variance: image-to-video draws from it
+    kind = diffusers.CogVideoXDPMScheduler if rotary and not pictures else diffusers.CogVideoXDDIMScheduler
     scheduler = kind(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
         rescale_betas_zero_snr=True, snr_shift_scale=1.0 if rotary else 3.0, timestep_spacing="trailing", set_alpha_to_one=True,
     )  # fmt: skip
-    return diffusers.CogVideoXPipeline(
-        tokenizer=_tokenizer(226), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer
-    )
+    pipeline = diffusers.CogVideoXImageToVideoPipeline if pictures else diffusers.CogVideoXPipeline
+    return pipeline(tokenizer=_tokenizer(226), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer)
 
 
 def _hunyuan() -> Any:
@@ -215,10 +224,12 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "mochi": _mochi,
     "skyreels-v2": _skyreels,
     "wan22-a14b": _wan_a14b,
+    "wan22-a14b-i2v": _wan_a14b_i2v,
+    "wan21-i2v": _wan_i2v,
+    "cogvideox-i2v": lambda: _cogvideox(rotary=True, pictures=True),
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
-    "wan21-i2v": _wan_i2v,
 }
 """Of the parts of another one, or refused."""
 SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32)}

@@ -11,7 +11,7 @@ import numpy as np
 from lutetia.models.data.description import DATA_FILE, DataDescription, read_data
 from lutetia.models.data.output import output_folder
 from lutetia.models.data.parts.reader import load_shard
-from lutetia.models.data.parts.writer import ShardWriter, part_bytes, text_of
+from lutetia.models.data.parts.writer import ShardWriter, part_bytes, picture_of, text_of
 from lutetia.models.data.shard_writer import data_file
 from lutetia.protocol.schema.canonical import canonical
 
@@ -47,9 +47,8 @@ def balance(source: Path, out: Path, seed: int = 0) -> DataDescription:
                 data = load_shard(source / getattr(shard, split).path, built.latent)
                 rows = _repeated(len(data), most, draw) if split == "train" else range(len(data))
                 for row in rows:
-                    writer.add(
-                        data.latents[row], text_of(data.captions[row], data.tokens[row], data.pooled[row]), data.kinds[row]
-                    )
+                    text = text_of(data.captions[row], data.tokens[row], data.pooled[row])
+                    writer.add(data.latents[row], text, data.kinds[row], picture=picture_of(data.pictures, row))
             files[split] = data_file(path, writer.finish())
         shutil.copy(source / "clips.jsonl", part / "clips.jsonl")
         whole = built.shards[0].model_copy(update={"name": "all", **files, "test": None, "prior": 1.0, "keywords": ()})

@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lutetia.models.data.decode.clip import hash_file
-from lutetia.models.data.decode.cut import ClipRefused
+from lutetia.models.data.decode.cut import ClipRefused, Frames
 from lutetia.models.data.decode.pool import DecoderPool, in_pool
 from lutetia.models.data.decode.shape import ClipShape, choose_bucket
 from lutetia.models.data.encode.cache import ArrayCache, cache_key
 from lutetia.models.data.encode.features import Features
 from lutetia.models.data.encode.latents import Latents
+from lutetia.models.data.encode.picture_encoder import VisionEncoder, picture_latents
 from lutetia.models.data.encode.text import TextEncoder
 from lutetia.models.data.ingest.listing import BadClip, ClipSource
+from lutetia.protocol.schema.model.pipeline_spec import PictureSpec
 from lutetia.system.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -42,15 +44,36 @@ class Recipe:
         shapes: of the clips of each bucket.
         latents: the autoencoder.
         features: what clips are clustered by.
+        picture: what shards hold of each clip's first picture; None: nothing.
+        vision: the image encoder, if they hold its vectors.
     """
 
     shapes: Sequence[ClipShape]
     latents: Latents
     features: Sequence[Features]
+    picture: PictureSpec | None = None
+    vision: VisionEncoder | None = None
 
     def latents_key(self, digest: str, bucket: int) -> str:
         made_by = {"latents": self.latents.ref, "fingerprint": self.latents.fingerprint}
         return cache_key(kind="latents", rule=_RULE, file=digest, shape=self.shapes[bucket].model_dump(mode="json"), **made_by)
+
+    def picture_keys(self, digest: str, bucket: int) -> dict[str, str]:
+        """Keys of what a part holds of a picture, by name; its latents are not normalised yet."""
+        if self.picture is None:
+            return {}
+        of = self.latents_key(digest, bucket)
+        keys = {"pictures": cache_key(kind="picture", of=of, frames=self.picture.frames)}
+        return keys | ({"vision": cache_key(kind="vision", of=of, fingerprint=self.vision.fingerprint)} if self.vision else {})
+
+    def picture_of(self, name: str, frames: Frames) -> Tensor:
+        """What a part holds of the first of the frames uint8 [F, H, W, 3] under `name`."""
+        if name == "vision":
+            assert self.vision
+            return self.vision.encode([frames[0]])[0].cpu()
+        assert self.picture
+        picture = torch.as_tensor(frames[:1]).to(self.latents.device).movedim(-1, 1).float() / 127.5 - 1
+        return picture_latents(self.picture, self.latents, picture, len(frames))[0].cpu()
 
     def features_key(self, digest: str, bucket: int, features: Features) -> str:
         of = self.latents_key(digest, bucket)
@@ -138,7 +161,8 @@ def _prepare_clip(
     latents_key = recipe.latents_key(digest, bucket)
     missing = {recipe.features_key(digest, bucket, features): features for features in recipe.features}
     missing = {key: features for key, features in missing.items() if key not in cache}
-    if latents_key in cache and not missing:
+    shown = {key: name for name, key in recipe.picture_keys(digest, bucket).items() if key not in cache}
+    if latents_key in cache and not missing and not shown:
         return digest, bucket, {}
     frames = decoder.decode(clip.path, recipe.shapes[bucket])
     cached = cache.get(latents_key)
@@ -147,6 +171,7 @@ def _prepare_clip(
         raise ClipRefused(f"{clip.name} has latents that are not finite; remove it or use another autoencoder")
     computed: dict[str, NDArray[Any]] = {} if cached else {latents_key: latents.numpy()}
     computed.update({key: features.of(frames, latents) for key, features in missing.items()})
+    computed.update({key: recipe.picture_of(name, frames).numpy() for key, name in shown.items()})
     return digest, bucket, computed
 
 

@@ -4,6 +4,7 @@ latents  float16 [clips, C, F, H, W]
 tokens   float16 [rows, D]: the tokens of all its texts, one text after another, each at its true length
 lengths  int32 [texts]: rows of each text
 pooled   float16 [texts, P]
+pictures float16 [clips, C, f, H, W], vision float16 [clips, T, D]: of first pictures, where `LatentSpec.picture` says so
 
 The metadata hold the captions of its texts, and the kinds and source digests of its clips.
 """
@@ -29,7 +30,18 @@ from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 from lutetia.system.files import atomic_path
 
-_NAMES = {"latents", "tokens", "lengths", "pooled"}
+Picture = dict[str, Tensor]
+"""What a part holds of one picture, float16: `pictures` [C, f, H, W] and perhaps `vision` [T, D]."""
+
+
+def picture_shapes(latent: LatentSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a part holds of one picture, by name; empty: nothing."""
+    spec = latent.picture
+    if spec is None:
+        return {}
+    return {"pictures": latent.picture_shape} | (
+        {"vision": (spec.vision_tokens, spec.vision_width)} if spec.vision_tokens else {}
+    )
 
 
 class PartMetadata(Frozen):
@@ -61,7 +73,12 @@ def true_length(tokens: Tensor) -> int:
 
 
 def write_part(
-    path: Path, latents: Sequence[Tensor], texts: Sequence[Text], metadata: PartMetadata, widths: tuple[int, int]
+    path: Path,
+    latents: Sequence[Tensor],
+    texts: Sequence[Text],
+    metadata: PartMetadata,
+    widths: tuple[int, int],
+    pictures: Sequence[Picture] = (),
 ) -> None:
     """Write a part atomically. The same content gives the same bytes.
 
@@ -71,6 +88,7 @@ def write_part(
         texts: those that no earlier part holds.
         metadata: kinds and sources of the clips.
         widths: of tokens and pooled vectors.
+        pictures: of its clips.
     """
     complete = metadata.model_copy(update={"captions": tuple(text.caption for text in texts)})
     tensors = {
@@ -79,6 +97,8 @@ def write_part(
         "lengths": torch.tensor([len(text.tokens) for text in texts], dtype=torch.int32),
         "pooled": torch.stack([text.pooled for text in texts]) if texts else torch.zeros(0, widths[1], dtype=torch.float16),
     }
+    if pictures:
+        tensors |= {name: torch.stack([picture[name] for picture in pictures]) for name in pictures[0]}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(tensors, metadata={METADATA: canonical(complete).decode()}))
 
@@ -109,13 +129,16 @@ class OpenPart:
 
     def _problem(self) -> str | None:
         names, clips, texts, latent = set(self._file.keys()), self.part.clips, self.part.texts, self.latent
-        if names != _NAMES:
-            return f"it holds the tensors {sorted(names)} instead of {sorted(_NAMES)}"
+        pictures = picture_shapes(latent)
+        wanted = {"latents", "tokens", "lengths", "pooled", *pictures}
+        if names != wanted:
+            return f"it holds the tensors {sorted(names)} instead of {sorted(wanted)}"
         views = {name: self._file.get_slice(name) for name in names}
         rows = views["tokens"].get_shape()[0]
         expected: dict[str, tuple[list[int], str]] = {
             "latents": ([clips, *latent.shape], "F16"), "tokens": ([rows, latent.text_width], "F16"),
             "lengths": ([texts], "I32"), "pooled": ([texts, latent.pooled_width], "F16"),
+            **{name: ([clips, *shape], "F16") for name, shape in pictures.items()},
         }  # fmt: skip
         for name, (shape, dtype) in expected.items():
             if views[name].get_shape() != shape or views[name].get_dtype() != dtype:
@@ -132,6 +155,10 @@ class OpenPart:
     def latents(self, clip: int) -> Tensor:
         """Latents [C, F, H, W] of one of its clips, float16."""
         return self._file.get_slice("latents")[clip]
+
+    def picture(self, clip: int) -> Picture:
+        """What it holds of the picture of one of its clips."""
+        return {name: self._file.get_slice(name)[clip] for name in picture_shapes(self.latent)}
 
     def text(self, number: int) -> tuple[Tensor, Tensor]:
         """Tokens [length, D] and pooled vector [P] of one of its texts, float16."""

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lutetia.models.data.parts.index import ShardIndex, is_index, part_path, read_index
-from lutetia.models.data.parts.part_file import OpenPart, PartMetadata
+from lutetia.models.data.parts.part_file import OpenPart, PartMetadata, Picture
 from lutetia.models.data.parts.single_file import SingleFileShard
 from lutetia.models.data.shards import ClipReader, ClipRows, Rows, ShardData, bucket_of, infinite_name
+from lutetia.models.experts.pictures import Pictures, empty_pictures
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import DataError, IntegrityError
 
@@ -58,6 +59,7 @@ class PartedShard:
             torch.empty(count, *latent.shape),
             torch.zeros(count, latent.text_tokens if with_tokens else 0, latent.text_width),
             torch.empty(count, latent.pooled_width),
+            pictures=empty_pictures(latent, count) if with_tokens else None,
         )
         texts = self.index.texts_of(picked, None if captions is None else captions.double().numpy())
         places = np.stack([self.index.parts_of(picked)[:, 0], self.index.parts_of_texts(texts)], axis=1)
@@ -65,7 +67,10 @@ class PartedShard:
             for number in np.unique(places):
                 part = self._part(int(number))
                 for row in np.flatnonzero(places[:, 0] == number):
-                    data.latents[row] = part.latents(int(picked[row] - self.index.clip_starts[number]))
+                    clip = int(picked[row] - self.index.clip_starts[number])
+                    data.latents[row] = part.latents(clip)
+                    if data.pictures:
+                        _place(data.pictures, int(row), part.picture(clip))
                 for row in np.flatnonzero(places[:, 1] == number):
                     tokens, data.pooled[row] = part.text(int(texts[row] - self.index.text_starts[number]))
                     if with_tokens:
@@ -94,7 +99,15 @@ class PartedShard:
                 metadata = self._part(number).metadata()
                 kinds += metadata.kinds
                 captions += metadata.captions
-        return ShardData(rows.latents, rows.tokens, rows.pooled, [captions[text] for text in self.index.texts], kinds, self.null)
+        return ShardData(
+            rows.latents,
+            rows.tokens,
+            rows.pooled,
+            [captions[text] for text in self.index.texts],
+            kinds,
+            self.null,
+            pictures=rows.pictures,
+        )
 
     def texts(self) -> Iterator[tuple[int, Sequence[str], Tensor]]:
         """Of each part: the number of its first text, its captions and their pooled vectors [n, P]."""
@@ -137,6 +150,12 @@ class PartedShard:
             except DataError:
                 if not self._wait or path.is_file():
                     raise  # otherwise it was removed just now, to make room: wait for it again
+
+
+def _place(pictures: Pictures, row: int, stored: Picture) -> None:
+    pictures.latents[row] = stored["pictures"]
+    if pictures.vision is not None:
+        pictures.vision[row] = stored["vision"]
 
 
 def _null_of(index: ShardIndex) -> tuple[Tensor, Tensor] | None:

@@ -70,7 +70,8 @@ class SingleFileShard:
             tensors = {name: [view[row] for row in picked] for name, view in views.items() if with_tokens or name != "tokens"}
             found = {name: torch.stack(each).float() for name, each in tensors.items() if picked}
         empty = {name: torch.zeros(len(picked), *shape) for name, shape in self._shapes(with_tokens).items()}
-        data = ClipRows(**{**empty, **found})
+        tensors = {**empty, **found}
+        data = ClipRows(tensors["latents"], tensors["tokens"], tensors["pooled"])
         if name := infinite_name(data):
             raise IntegrityError(f"shard {self.path.name}: {name} hold numbers that are not finite; build the data again")
         return data
@@ -110,6 +111,8 @@ class SingleFileShard:
             return f"it holds the tensors {names} instead of latents, pooled, tokens"
         if count == 0:
             return "it has no clips"
+        if self.latent.picture:
+            return "it cannot hold the pictures that its metadata name"
         if len(self.metadata.kinds) != count:
             return f"it has {count} captions but {len(self.metadata.kinds)} kinds"
         for name, shape in self._shapes(True).items():

@@ -22,8 +22,9 @@ from lutetia.models.data.parts.index import (
     part_path,
     write_index,
 )
-from lutetia.models.data.parts.part_file import PartMetadata, Text, true_length, write_part
+from lutetia.models.data.parts.part_file import PartMetadata, Picture, Text, picture_shapes, true_length, write_part
 from lutetia.models.data.shards import ShardData, shape_problem
+from lutetia.models.experts.pictures import Pictures
 from lutetia.protocol.blobs.chunk_table import ChunkTable
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
@@ -72,6 +73,7 @@ class ShardWriter:
     null: Text | None = None
     _bucket: int = 0
     _latents: list[Tensor] = field(default_factory=list)
+    _pictures: list[Picture] = field(default_factory=list)
     _texts: list[Text] = field(default_factory=list)
     _kinds: list[str] = field(default_factory=list)
     _sources: list[str] = field(default_factory=list)
@@ -81,7 +83,14 @@ class ShardWriter:
     _of_clips: list[list[int]] = field(default_factory=list)
 
     def add(
-        self, latents: Tensor, text: Text, kind: str = "", source: str = "", bucket: int = 0, more: Sequence[Text] = ()
+        self,
+        latents: Tensor,
+        text: Text,
+        kind: str = "",
+        source: str = "",
+        bucket: int = 0,
+        more: Sequence[Text] = (),
+        picture: Picture | None = None,
     ) -> None:
         """Add a clip. All clips of a bucket come before those of the next.
 
@@ -92,6 +101,7 @@ class ShardWriter:
             source: SHA-256 (hex) of its file.
             bucket: the bucket that it is of.
             more: its further captions, of which each step draws one; MOST_TEXTS with the first.
+            picture: of its first picture what the shard is to hold, of any data type.
 
         Raises DataError if it does not have the shapes of the shard or is not finite in float16, or DiskError.
         """
@@ -102,9 +112,15 @@ class ShardWriter:
             self._flush()
         self._bucket = bucket
         texts = {_key_of(each): each for each in (text, *more)}
-        self._check(half, list(texts.values()))
+        held = {name: tensor.detach().to("cpu", torch.float16) for name, tensor in (picture or {}).items()}
+        self._check(half, list(texts.values()), held)
         new = {key: each for key, each in texts.items() if key not in self._known}
-        size = 2 * half.numel() + sum(each.bytes for each in new.values()) + len(kind.encode()) + 80
+        size = (
+            2 * (half.numel() + sum(tensor.numel() for tensor in held.values()))
+            + sum(each.bytes for each in new.values())
+            + len(kind.encode())
+            + 80
+        )
         if self._latents and self._bytes + size > self.part_bytes:
             self._flush()
         for key, each in new.items():
@@ -112,6 +128,8 @@ class ShardWriter:
             self._texts.append(each)
         self._of_clips.append([self._known[key] for key in texts])
         self._latents.append(half)
+        if held:
+            self._pictures.append(held)
         self._kinds.append(kind)
         self._sources.append(source)
         self._bytes += size
@@ -132,8 +150,12 @@ class ShardWriter:
         ref = ChunkTable.of_file(self.path).ref
         return WrittenShard(ref, len(index), ref.size + index.bytes, most)
 
-    def _check(self, half: Tensor, texts: Sequence[Text]) -> None:
-        shape = self.latent.in_bucket(self._bucket).shape
+    def _check(self, half: Tensor, texts: Sequence[Text], picture: Picture) -> None:
+        latent = self.latent.in_bucket(self._bucket)
+        shape = latent.shape
+        if {name: tuple(tensor.shape) for name, tensor in picture.items()} != picture_shapes(latent):
+            found = {name: list(tensor.shape) for name, tensor in picture.items()}
+            raise self._error(f"a clip's picture has the shapes {found} instead of {picture_shapes(latent)}")
         if half.shape != shape:
             raise self._error(f"latents are {list(half.shape)} instead of {list(shape)}")
         if len(texts) > MOST_TEXTS:
@@ -143,7 +165,7 @@ class ShardWriter:
             if rows > self.latent.text_tokens or widths != (self.latent.text_width, self.latent.pooled_width):
                 raise self._error(f"tokens are {list(text.tokens.shape)} and pooled vectors {list(text.pooled.shape)}")
         named = [("tokens", text.tokens) for text in texts] + [("pooled", text.pooled) for text in texts]
-        for name, tensor in [("latents", half), *named]:
+        for name, tensor in [("latents", half), *picture.items(), *named]:
             if not torch.isfinite(tensor).all():
                 raise self._error(f"{name} are not finite in half precision; normalise them")
 
@@ -154,11 +176,12 @@ class ShardWriter:
         number = len(self._parts)
         path = part_path(self.path, number, BlobRef(digest="0" * 64, size=0))
         metadata = PartMetadata(kinds=tuple(self._kinds), sources=tuple(self._sources) if any(self._sources) else ())
-        write_part(path, self._latents, self._texts, metadata, (self.latent.text_width, self.latent.pooled_width))
+        widths = self.latent.text_width, self.latent.pooled_width
+        write_part(path, self._latents, self._texts, metadata, widths, self._pictures)
         self._parts.append(
             PartSpec(blob=ChunkTable.of_file(path).ref, clips=len(self._latents), texts=len(self._texts), bucket=self._bucket)
         )
-        for pending in (self._latents, self._texts, self._kinds, self._sources):
+        for pending in (self._latents, self._pictures, self._texts, self._kinds, self._sources):
             pending.clear()
         self._bytes = 0
 
@@ -190,8 +213,16 @@ def write_shard(
     null = text_of("", *data.null) if data.null else None
     writer = ShardWriter(path, latent, name, split, size or part_bytes(total), null)
     for row, (caption, kind) in enumerate(zip(data.captions, data.kinds, strict=True)):
-        writer.add(data.latents[row], text_of(caption, data.tokens[row], data.pooled[row]), kind)
+        text = text_of(caption, data.tokens[row], data.pooled[row])
+        writer.add(data.latents[row], text, kind, picture=picture_of(data.pictures, row))
     return writer.finish()
+
+
+def picture_of(pictures: Pictures | None, row: int) -> Picture:
+    """What a shard holds of the picture of one row."""
+    if pictures is None:
+        return {}
+    return {"pictures": pictures.latents[row]} | ({} if pictures.vision is None else {"vision": pictures.vision[row]})
 
 
 def _key_of(text: Text) -> bytes:

@@ -10,7 +10,10 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from lutetia.models.experts.classes.family import Asked, Family, Patch, StockCall, config_of
+from lutetia.models.experts.classes.family import Asked, Family, Patch, StockCall, config_of, with_pictures
+
+_OFFSET = 2.0
+"""What CogVideoX 1.5's image-to-video tells its transformer as `ofs`, always."""
 
 
 def _call(model: nn.Module, asked: Asked) -> Tensor:
@@ -23,7 +26,8 @@ def _call(model: nn.Module, asked: Asked) -> Tensor:
         grid = (shape[2] // p_t, shape[3] // p, shape[4] // p)
         base = (config.sample_height // p, config.sample_width // p)
         rotary = _rotary(config.attention_head_dim, grid, base, config.patch_size_t is not None, asked.latents.device)
-    out = model(frames_first, asked.tokens, asked.timestep, image_rotary_emb=rotary, return_dict=False)[0]
+    offset = asked.latents.new_full((1,), _OFFSET) if config.ofs_embed_dim else None
+    out = model(frames_first, asked.tokens, asked.timestep, ofs=offset, image_rotary_emb=rotary, return_dict=False)[0]
     return out.transpose(1, 2)
 
 
@@ -58,7 +62,7 @@ def _patch(config: Any) -> Patch:
 
 
 def _read_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
-    return StockCall(
+    call = StockCall(
         latents=arguments["hidden_states"].transpose(1, 2),
         timestep=arguments["timestep"],
         tokens=arguments["encoder_hidden_states"],
@@ -67,6 +71,7 @@ def _read_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
         changed={},
         pack=lambda prediction: prediction.transpose(1, 2),
     )
+    return with_pictures(call, config.get("out_channels") or config["in_channels"])
 
 
-COGVIDEOX = Family(_call, _patch, "text_embed_dim", text_tokens="max_text_seq_length", read_call=_read_call)
+COGVIDEOX = Family(_call, _patch, "text_embed_dim", text_tokens="max_text_seq_length", takes_pictures=True, read_call=_read_call)

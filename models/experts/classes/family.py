@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lutetia.models.experts.pictures import Pictures, read_channels
 from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.system.errors import UsageError
 
@@ -33,6 +34,9 @@ class Asked:
     inputs: ExpertInputs
     given: Tensor | None = None
     """Rows whose first latent frame is given, bool [B]; None: there are none, and the class need not be able to take them."""
+
+    vision: Tensor | None = None
+    """[B, T, D], embeddings of the rows' pictures; None: the expert takes none."""
 
     def timestep_of(self, patch: Patch) -> Tensor:
         """The timestep as a class takes it that can be given first frames: [B], or of each patch [B, F h w], 0 in such frames."""
@@ -68,6 +72,8 @@ class StockCall:
     """Turns a prediction [B, C, F, H, W] into what `forward` returns."""
     given: bool = False
     """Whether the first latent frame of all rows is given."""
+    pictures: Pictures | None = None
+    """Those that the rows' latents came with, in channels of their own."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Family:
     text_tokens: str | None = None
     takes_first_frame: bool = False
     """Whether it takes a timestep of each patch, and so a first frame at time 0."""
+    takes_pictures: bool = False
+    """Whether it may have channels for a picture."""
     on_meta: bool = True
     """Whether its forward pass can be rehearsed on the meta device."""
     inputs: ExpertInputs = ExpertInputs()
@@ -112,6 +120,19 @@ def read_usual_call(config: Any, arguments: Mapping[str, Any]) -> StockCall:
         changed=changed,
         pack=lambda prediction: prediction,
     )
+
+
+def with_pictures(call: StockCall, channels: int, vision: Tensor | None = None) -> StockCall:
+    """The call with its pictures apart, where a pipeline gives more than `channels` of latents.
+
+    Raises UsageError for other pictures than a first frame.
+    """
+    if call.latents.shape[1] <= channels:
+        return call
+    pictures = read_channels(call.latents[:, channels:], channels, vision)
+    if pictures is None:
+        raise UsageError("a mixture takes the first frame of a clip as a picture, and no other frames; use such a pipeline")
+    return replace(call, latents=call.latents[:, :channels], pictures=pictures)
 
 
 def with_one_time(call: StockCall, frames: int) -> StockCall:

@@ -21,6 +21,7 @@ from lutetia.models.data.shards import ClipReader, bucket_of
 from lutetia.models.experts.adapters.base_model import Base
 from lutetia.models.experts.adapters.build import load_expert
 from lutetia.models.experts.objectives import schedule_of
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.experts.trained import load_trained
 from lutetia.models.mixing.denoisers import ExpertCall, module_denoiser
 from lutetia.models.randomness import normals, stream
@@ -185,10 +186,10 @@ class _Site:
         spec = self.manifest.expert_of(shard)
         denoise = module_denoiser(model, spec.prediction, schedule_of(spec), lambda: ExpertCall(spec.inputs))
         for part in self._batches(rows):
-            latents, noise, tokens, pooled = self._taken(part)
+            latents, noise, tokens, pooled, pictures = self._taken(part)
             t = self.rows.times[part].to(self.device)
             x_t = torch.lerp(latents, noise, t.view(-1, 1, 1, 1, 1))
-            off = (denoise(x_t, t, tokens, pooled).float() - (noise - latents)).flatten(1).cpu()
+            off = (denoise(x_t, t, tokens, pooled, pictures).float() - (noise - latents)).flatten(1).cpu()
             for row, residual in zip(part, off, strict=True):
                 kept = self.rows.elements(row, len(residual))
                 yield row, residual if kept is None else residual[kept]
@@ -200,7 +201,7 @@ class _Site:
         if router is not None:
             router.to(self.device)
             for part in self._batches(range(count)):
-                latents, noise, _, pooled = self._taken(part)
+                latents, noise, _, pooled, _ = self._taken(part)
                 t = self.rows.times[part].to(self.device)
                 x_t = torch.lerp(latents, noise, t.view(-1, 1, 1, 1, 1))
                 found[0, part] = router(x_t, t, pooled).float().cpu()
@@ -219,9 +220,10 @@ class _Site:
         for group in groups.values():
             yield from (group[start : start + _BATCH] for start in range(0, len(group), _BATCH))
 
-    def _taken(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents, noise, tokens and pooled texts of rows of one shard and bucket, on the device."""
+    def _taken(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor, Pictures | None]:
+        """Latents, noise, tokens, pooled texts and pictures of rows of one shard and bucket, on the device."""
         clips = self.holdouts[self.rows.shards[rows[0]]].take([self.rows.clips[row] for row in rows])
         noise = torch.stack([self.rows.noise(row, tuple(clips.latents.shape[1:])) for row in rows])
         latents, noise, tokens, pooled = (each.to(self.device) for each in (clips.latents, noise, clips.tokens, clips.pooled))
-        return latents, noise, tokens, pooled
+        pictures = clips.pictures.each(lambda tensor: tensor.to(self.device)) if clips.pictures else None
+        return latents, noise, tokens, pooled, pictures

@@ -12,6 +12,7 @@ from torch import Tensor
 from lutetia.models.experts.classes.family import TIMESTEPS, read_usual_call
 from lutetia.models.experts.classes.registry import family_of
 from lutetia.models.experts.objectives import flow_time, from_velocity, matched, schedule_of
+from lutetia.models.experts.pictures import Pictures
 from lutetia.models.mixing.description import ExpertKind
 
 
@@ -31,6 +32,8 @@ class FlowCall:
     """Turns the velocity [B, C, F, H, W] into what the pipeline expects."""
     given: bool = False
     """Whether the first latent frame of all rows is given."""
+    pictures: Pictures | None = None
+    """Those that the latents came with, in channels of their own."""
 
 
 def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, Any]) -> FlowCall:
@@ -48,7 +51,7 @@ def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, A
     tokens = call.tokens if call.mask is None else call.tokens * call.mask.to(call.tokens.dtype)[..., None]
     changed = {name: value for name, value in call.changed.items() if value is not None}
     if kind is None or family is None:
-        return FlowCall(call.latents, time, tokens, call.pooled, changed, call.pack, call.given)
+        return FlowCall(call.latents, time, tokens, call.pooled, changed, call.pack, call.given, call.pictures)
     inputs, schedule = kind.inputs or family.inputs, schedule_of(kind)
     if inputs.reversed:
         time = 1 - time
@@ -63,7 +66,7 @@ def read_stock_call(kind: ExpertKind | None, config: Any, arguments: dict[str, A
         out = sign * from_velocity(kind.prediction, schedule, flow, latents, time)
         return call.pack(out.to(call.latents.dtype))
 
-    return FlowCall(latents, time, tokens, call.pooled, changed, answer, call.given)
+    return FlowCall(latents, time, tokens, call.pooled, changed, answer, call.given, call.pictures)
 
 
 def exact_time(timestep: Tensor, rows: int) -> Tensor:

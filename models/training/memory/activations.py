@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from lutetia.models.device import Precision
 from lutetia.models.experts.families import build_meta, call_expert, family_of
+from lutetia.models.experts.pictures import empty_pictures
 from lutetia.models.experts.trained import trained_parameters
 from lutetia.models.training.kernels.use import repeated_blocks
 from lutetia.models.training.memory.plan import ExpertFacts, KeptBytes
@@ -138,7 +139,7 @@ def _kept(
     given = torch.zeros(rows, dtype=torch.bool) if first_frame else None
     with warnings.catch_warnings(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # about speed; nothing is computed here
-        call_expert(model, x, torch.empty(rows), text, pooled, given=given)
+        call_expert(model, x, torch.empty(rows), text, pooled, given=given, pictures=empty_pictures(latent, rows))
     for handle in handles:
         handle.remove()
     if checkpointing:

@@ -115,7 +115,7 @@ class SplitTrainer(ExpertTrainer):
             own = batch.rows(start, start + rows) if counts else batch.rows(0, 1)
             own = own.to(self.device)
             with self._autocast():
-                given = self._answers(own), own.latents, own.noise, own.time
+                given = self._answers(own), own.latents, own.noise, own.time, own.given
                 losses = weighted_losses(self.manifest.optimisation, self.spec, *given)
             loss = losses.sum() * (float(counts) / len(batch))
             loss.backward()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lutetia.models.data.shards import ShardData
+from lutetia.models.experts.pictures import empty_pictures
 from lutetia.models.training.memory.plan import MemoryPlan
 from lutetia.models.training.units.split import Split
 from lutetia.models.training.units.split_trainer import SplitTrainer
@@ -22,9 +23,11 @@ from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 def probe_data(manifest: Manifest) -> ShardData:
     """A batch of random clips of the shape that takes the most memory."""
     batch, latent = manifest.optimisation.batch, max(manifest.latent.of_buckets, key=lambda each: math.prod(each.shape))
+    pictures = empty_pictures(latent, batch)
     return ShardData(
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
+        pictures=pictures.each(torch.zeros_like) if pictures else None,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from lutetia.protocol.schema.fields import (
     Real,
     added,
 )
-from lutetia.protocol.schema.model.pipeline_spec import TextRecipe
+from lutetia.protocol.schema.model.pipeline_spec import PictureSpec, TextRecipe
 
 
 class LatentShape(WireDocument):
@@ -59,6 +59,8 @@ class LatentSpec(WireDocument):
         None, "How `text_encoder`, a pipeline, turns captions into tokens; null: it names an encoder whose tokens end in zeros"
     )
 
+    picture: PictureSpec | None = added(None, "What shards hold of the first picture of each clip; null: nothing")
+
     buckets: Buckets = added((), "Shapes of the data's further buckets; the fields above are those of the first")
 
     @model_validator(mode="after")
@@ -71,6 +73,11 @@ class LatentSpec(WireDocument):
     def shape(self) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of one latent."""
         return self.channels, self.frames, self.height, self.width
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of the latents of one picture, where shards hold them."""
+        return self.channels, self.frames if self.picture and self.picture.frames == "all" else 1, self.height, self.width
 
     def in_bucket(self, number: int) -> LatentSpec:
         """The spec with the shape of bucket `number`, which has no further buckets; 0 is the first."""

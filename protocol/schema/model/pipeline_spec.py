@@ -83,6 +83,20 @@ class ExpertInputs(WireDocument):
     )
 
 
+class PictureSpec(WireDocument):
+    """What shards hold of the first picture of each clip, for experts that take it in channels of their own."""
+
+    frames: Literal["all", "first"] = Field(
+        description="Latents of the picture followed by grey frames (all, as Wan), or of the picture alone (first, as CogVideoX)"
+    )
+    mask: int = Field(default=0, ge=0, le=64, description="Channels between clip and picture that are 1 in the first frame alone")
+    scale: Positive = Field(default=1.0, description="What the picture's normalised latents are multiplied by")
+    vision_tokens: int = Field(
+        default=0, ge=0, le=65536, description="Vectors that the pipeline's image encoder gives a picture; 0: none is used"
+    )
+    vision_width: int = Field(default=0, ge=0, le=65536, description="Numbers in each of these vectors")
+
+
 class TextRecipe(WireDocument):
     """How a pipeline turns a caption into tokens. `LatentSpec.text_encoder` names the pipeline that holds the parts."""
 
