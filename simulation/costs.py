@@ -65,6 +65,10 @@ class Costs:
     """How often a node looked at a shard."""
     judged: int = 0
     """Number of stimuli of the judge."""
+    received: float = 0.0
+    """Bytes of blobs that coordinators fetched."""
+    served: float = 0.0
+    """Bytes of blobs that nodes fetched from coordinators."""
 
     def stored(self, kind: str, replicas: int, members: int, times: int = 1) -> None:
         """One record published: a lookup, then request and answer for each replica."""
@@ -102,6 +106,7 @@ class Costs:
         self.bytes["offer"] += record_bytes()["checkpoint"] + 200
 
 
+@lru_cache(maxsize=1024)
 def lookup_hops(members: int) -> int:
     """Requests of a Kademlia lookup until the replicas are known: about log2(members / bucket size) (Maymounkov 2002)."""
     return max(0, math.ceil(math.log2(members / _BUCKET))) if members > _BUCKET else 0

@@ -143,24 +143,24 @@ class Invariants:
         self.checks["I4"] += 1
         if number != self._free_number[shard] or self.heads[shard_and_lane(shard)[0]] >= world.manifest.epochs:
             return
-        if (peer := self._idle_since(shard, free_from)) is not None:
+        if (peer := self._fit_for(shard, self._idle(free_from), free_from)) is not None:
             self._fail("I4", f"{slot_name(shard)} has been free for two leases, and {peer} was idle all the time")
         self._became_free(shard, again=True)
 
-    def _idle_since(self, slot: int, since: float, *, able: bool = False) -> Node | None:
-        """A node that thinks that the slot fits it, or with `able` one that it really fits, and that was idle since then.
-
-        Nobody takes work of a quarantined node, so it waits for none.
-        """
+    def _idle(self, since: float) -> list[Node]:
+        """The nodes that were idle since then. Nobody takes work of a quarantined node, so it waits for none."""
         world, skew = self._world, self._world.manifest.timing.maximum_clock_skew
         quarantined = world.coordinators[0].state.run.quarantined
-        shard = shard_and_lane(slot)[0]
-        for peer in world.nodes:
-            eligible = peer.eligible_since
-            if eligible is None or eligible > since or not peer.answering or abs(peer.skew) > skew:
-                continue
-            if peer.machine.owner in quarantined:
-                continue
+        return [
+            peer for peer in world.nodes
+            if (eligible := peer.eligible_since) is not None and eligible <= since and peer.answering
+            and abs(peer.skew) <= skew and peer.machine.owner not in quarantined
+        ]  # fmt: skip
+
+    def _fit_for(self, slot: int, idle: Sequence[Node], since: float, *, able: bool = False) -> Node | None:
+        """One of the `idle` nodes that thinks that the slot fits it, or with `able` one that it really fits, since then."""
+        world, shard = self._world, shard_and_lane(slot)[0]
+        for peer in idle:
             if (
                 slot in peer.state.taken
                 or peer.host.manifest_updates.live.version < world.manifest.version
@@ -170,8 +170,7 @@ class Invariants:
             if peer.state.avoided_until.get(slot, 0.0) - peer.skew > since:
                 continue
             if able:
-                of_shard = {shard: peer.machine.fitness[shard]}
-                fits = peer.device_ok and peer.rules.slot_fitness(of_shard, peer.trainer.rate)[slot] > 0
+                fits = peer.device_ok and peer.rules.fitness_of(slot, peer.machine.fitness[shard], peer.trainer.rate) > 0
             else:
                 fits = peer.state.fitness.get(slot, 0) > 0
             if fits:
@@ -185,10 +184,10 @@ class Invariants:
         world, now, lease = self._world, self._world.queue.now, self._world.config.lease
         self.checks["I8"] += 1
         self.utilisation.add(world.nodes)
-        epochs = world.manifest.epochs
-        for slot, held in self._holders.items():
+        epochs, idle = world.manifest.epochs, self._idle(now - 2 * lease)
+        for slot, held in self._holders.items() if idle else ():
             free = not held and self._free_from[slot] <= now - 2 * lease and self.heads[shard_and_lane(slot)[0]] < epochs
-            if free and (peer := self._idle_since(slot, now - 2 * lease, able=True)) is not None:
+            if free and (peer := self._fit_for(slot, idle, now - 2 * lease, able=True)) is not None:
                 self._fail("I8", f"{peer} has had no work for two leases, and {slot_name(slot)} was free all the time")
         world.queue.after(lease, self._look_at_all)
 

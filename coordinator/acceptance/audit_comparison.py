@@ -179,8 +179,8 @@ def lottery(secret: bytes, checkpoint: str, purpose: str = "audit") -> float:
 
 def is_newcomer(run: RunState, owner: str, epochs: int) -> bool:
     """Whether fewer than `epochs` of its epochs were, or are to be, replayed whole."""
-    due = sum(audit.owner == owner and audit.whole for audit in run.audits.values())
-    return run.peer(owner).proved + due < epochs
+    missing = epochs - run.peer(owner).proved
+    return missing > 0 and sum(audit.owner == owner and audit.whole for audit in run.audits.values()) < missing
 
 
 def unproved_depth(shard: ShardLedger) -> int:

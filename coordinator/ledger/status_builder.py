@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from lutetia.coordinator.ledger.lanes.status import LANES_FOR_A_NODE, LANES_SHOWN, lane_statuses, merge_stalls, merge_status
 from lutetia.coordinator.ledger.run_state import Pace, RunState
@@ -55,9 +55,8 @@ NODES_SHOWN = 960
 _peer_id_of = lru_cache(maxsize=16384)(peer_id_of)
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting(Generic[R]):
-    """A live record. Times are Unix seconds."""
+class Sighting(NamedTuple, Generic[R]):
+    """A live record. Times are Unix seconds. A tuple, since every look makes one for every node and claim."""
 
     record: R
     expires: float

@@ -28,9 +28,10 @@ MANY_STANDBYS = 10_000
 
 def evolve(old: Immutable, **changes: Any) -> Immutable:
     """`dataclasses.replace` for dataclasses without `__post_init__`, several times faster. Raises TypeError on unknown fields."""
-    fields = old.__dict__ | changes
-    if len(fields) != len(old.__dict__):
-        raise TypeError(f"{type(old).__name__} has no {sorted(changes.keys() - old.__dict__.keys())}")
+    known = old.__dict__
+    fields = known | changes
+    if len(fields) != len(known):
+        raise TypeError(f"{type(old).__name__} has no {sorted(changes.keys() - known.keys())}")
     new = object.__new__(type(old))
     object.__setattr__(new, "__dict__", fields)
     return new
@@ -108,6 +109,12 @@ class NodeRules:
         }
         first = [(slot_of(0, lane), share) for lane, share in enumerate(of_lane)]
         return {shard + slot: found[value, share] for slot, share in first for shard, value in fitness.items()}
+
+    def fitness_of(self, slot: int, fitness: float, rate: float) -> float:
+        """How well one slot fits a node of so many samples per second that fits its shard."""
+        if (team := self.team) is None:
+            return fitness
+        return lane_fitness(fitness, team.share(shard_and_lane(slot)[1]), rate, self.interval, team.deadline)
 
     def rate_needed(self, slot: int) -> float:
         """Samples per second that a slot's share of an epoch needs within the deadline; 0 without lanes."""

@@ -38,15 +38,18 @@ def assign_shards(run: str, standbys: Iterable[str], slots: Sequence[int], lease
         lease_number: changes every lease, and with it the CHANGING watchers.
     """
     ring = sorted((point(run, "peer", owner), owner) for owner in standbys)
-    watched: dict[str, set[int]] = {owner: set() for _, owner in ring}
     if len(ring) <= STEADY:
-        return dict.fromkeys(watched, frozenset(slots))
-    for shard in slots:
-        for count, name in ((STEADY, str(shard)), (CHANGING, f"{shard} in turn {lease_number}")):
-            first = bisect_left(ring, (point(run, "shard", name), ""))
+        return dict.fromkeys((owner for _, owner in ring), frozenset(slots))
+    places = [place for place, _ in ring]
+    watched: list[set[int]] = [set() for _ in ring]
+    for count, suffix in ((STEADY, ""), (CHANGING, f" in turn {lease_number}")):
+        after: list[list[int]] = [[] for _ in ring]
+        for shard in slots:
+            after[bisect_left(places, point(run, "shard", f"{shard}{suffix}")) % len(ring)].append(shard)
+        for first, shards in enumerate(after):
             for place in range(first, first + count):
-                watched[ring[place % len(ring)][1]].add(shard)
-    return {owner: frozenset(own) for owner, own in watched.items()}
+                watched[place % len(ring)].update(shards)
+    return {owner: frozenset(own) for (_, owner), own in zip(ring, watched, strict=True)}
 
 
 def buckets_before(owner: str) -> list[int]:

@@ -74,6 +74,7 @@ class SimulatedDht:
         self.claim_keys = {slot: claim_key(run, *shard_and_lane(slot)) for slot in slots}
         self.acceptance_keys = [acceptance_key(run, shard) for shard in range(shards)]
         self._given_keys = {slot: self.acceptance_keys[shard_and_lane(slot)[0]] for slot in slots}
+        self._claims = frozenset(self.claim_keys.values())
         self._ring = Ring[SimulatedReplica](links, replicas)
         self._shared: dict[str, _Shared] = {}
         self._views: dict[int, tuple[Records, Records, ShardView]] = {}
@@ -134,7 +135,7 @@ class SimulatedDht:
                 self._receive(replica, key, owner, stored)
 
     def _arrive(self, source: SimulatedReplica, replica: SimulatedReplica, key: str, stored: SimulatedRecord) -> None:
-        if not (replica.answering and self._links.together(source.index, replica.index)):
+        if not replica.answering or not (self._links.whole or self._links.together(source.index, replica.index)):
             return
         if self._strict:
             self._receive(replica, key, stored.record.owner, stored)
@@ -157,7 +158,10 @@ class SimulatedDht:
                 for other in [name for name, held in mine.items() if held.expires < now - 120]:
                     del mine[other]
             mine[owner] = stored
-            self._shared.pop(key, None)
+            known = self._shared.get(key)
+            # one more copy of a claim that readers see already changes nothing; of other records the order of reading counts
+            if known is not None and not (known.records.get(owner) is stored and key in self._claims):
+                del self._shared[key]
 
     def _accepts(self, key: str, owner: str, stored: SimulatedRecord, clock: float) -> bool:
         try:

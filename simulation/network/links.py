@@ -36,6 +36,8 @@ class Links:
         self.slow: dict[int, float] = {}
         self.random = random.Random(f"{seed}|lines")
         self.version = 0
+        self.whole = True
+        """Nobody is cut off or blocked."""
         self._group: dict[int, int] = {}
         self._blocked: set[tuple[int, int]] = set()
         self._replicas = config.replicas
@@ -62,21 +64,21 @@ class Links:
     def partition(self, groups: Iterable[Iterable[int]]) -> None:
         """Cut the network into `groups`; peers that are not named form one more."""
         self._group = {index: number for number, group in enumerate(groups, 1) for index in group}
-        self.version += 1
+        self._changed()
 
     def block(self, source: int, target: int) -> None:
         """One-way, as behind a NAT: `source` cannot dial `target`."""
         self._blocked.add((source, target))
-        self.version += 1
+        self._changed()
 
     def heal(self) -> None:
         self._group.clear()
         self._blocked.clear()
-        self.version += 1
+        self._changed()
 
-    @property
-    def whole(self) -> bool:
-        return not self._group and not self._blocked
+    def _changed(self) -> None:
+        self.version += 1
+        self.whole = not self._group and not self._blocked
 
     @property
     def blocked(self) -> bool:

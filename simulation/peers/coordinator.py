@@ -82,6 +82,7 @@ class SimulatedCoordinator:
         self._nodes: list[tuple[NodeRecord, float]] = []
         self._nodes_due = self._claims_due = float("-inf")
         self._views: tuple[ShardView, ...] = ()
+        self._auditors: frozenset[str] | None = None
         self.own_records = OwnRecords(self)
         self._announcer = self._make_announcer()
         self.served_manifest = ServedManifest(self)
@@ -182,7 +183,7 @@ class SimulatedCoordinator:
             self.running = self.serving = False
             self.boot += 1
             self.world.dht.depart(self)
-            self.view, self._since, self._nodes, self._views = LiveView(), {}, [], ()
+            self.view, self._since, self._nodes, self._views, self._auditors = LiveView(), {}, [], (), None
             self.lender = SimulatedLender(self)
             self._nodes_due = self._claims_due = float("-inf")
 
@@ -320,7 +321,7 @@ class SimulatedCoordinator:
     # --- periodic work ---------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self.feed(j.JudgeTick(self.clock(), free_auditors(self.view), self.view.at_work))
+        self.feed(j.JudgeTick(self.clock(), self._auditors, self.view.at_work))
 
     def _poll(self) -> None:
         """As `coordinator.runtime.swarm_monitor`: read results that were not offered by stream, nodes and claims."""
@@ -358,6 +359,7 @@ class SimulatedCoordinator:
                 world.manifest, self.view.claims, histories, known.slot_view, known.quarantined, now
             )  # fmt: skip
         self.view = replace(self.view, histories=histories, at_work=at_work)
+        self._auditors = free_auditors(self.view)
 
     def _check_status(self) -> None:
         """Build the status document and check it."""

@@ -32,6 +32,7 @@ class SimulatedNode:
 
     def __init__(self, world: World, index: int, machine: SimulatedMachine, host: SimulatedNode | None = None) -> None:
         self.world, self.index, self.machine = world, index, machine
+        self._queue = world.queue
         self.host: SimulatedNode = self if host is None else host
         self.devices: list[SimulatedNode] = [self]
         if host is not None:
@@ -53,6 +54,8 @@ class SimulatedNode:
         self.eligible_since: float | None = None
         self._backlog: list[tuple[Callable[..., m.Event], tuple[Any, ...]]] = []
         self._timer = float("inf")
+        self._armed: tuple[MachineState, float | None] | None = None
+        """The state at the last look at its next wake, and what that was."""
 
     def __repr__(self) -> str:
         return f"node {self.index}"
@@ -62,7 +65,7 @@ class SimulatedNode:
         return self.running and self.online and not self.frozen
 
     def clock(self) -> float:
-        return self.world.queue.now + self.skew
+        return self._queue.now + self.skew
 
     # --- life -----------------------------------------------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ class SimulatedNode:
             self._backlog.append((kind, arguments))
             return
         world = self.world
-        event = kind(self.clock(), *arguments)
+        event = kind(self._queue.now + self.skew, *arguments)
         if kind is m.TrainerExited:
             self.trainer.exiting = False
         before = self.state.phase
@@ -214,13 +217,14 @@ class SimulatedNode:
 
     def _arm(self) -> None:
         due = next_wake(self.rules, self.state)
+        self._armed = self.state, due
         if due is None:
             return
-        now = self.world.queue.now
-        wait = tick_pause(due, self.clock(), self.rules.heartbeat) + _TICK
+        now = self._queue.now
+        wait = tick_pause(due, now + self.skew, self.rules.heartbeat) + _TICK
         if self._timer > now + wait or self._timer < now:
             self._timer = now + wait
-            self.world.queue.after(wait, self._wake, self.boot, self._timer)
+            self._queue.after(wait, self._wake, self.boot, self._timer)
 
     def _wake(self, boot: int, timer: float) -> None:
         if boot != self.boot or timer != self._timer:
@@ -229,7 +233,8 @@ class SimulatedNode:
         if self.frozen:
             self._backlog.append((m.ClockTick, ()))
             return
-        due = next_wake(self.rules, self.state)
+        known = self._armed
+        due = known[1] if known is not None and known[0] is self.state else next_wake(self.rules, self.state)
         if due is not None and due <= self.clock():
             self.feed(boot, m.ClockTick)
         elif self.running:

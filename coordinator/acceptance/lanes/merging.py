@@ -56,13 +56,14 @@ def merge_due(ledger: ShardLedger, team: TeamSpec, at_work: Collection[int] | No
     """
     if not ledger.gathered:
         return math.inf
-    first = min(link.at for link in ledger.gathered.values())
+    times = sorted([link.at for link in ledger.gathered.values()])
+    first = times[0]
     if ledger.term and any(link.acceptance.term < ledger.term for link in ledger.gathered.values()):
         return first  # they were merged before, with a result that proved invalid
     missing = None if at_work is None else {*at_work} - ledger.gathered.keys()
     if missing is not None and not missing:
         return first
-    needed, times = quorum_of(team), sorted(link.at for link in ledger.gathered.values())
+    needed = quorum_of(team)
     if len(times) < needed:
         return first + team.deadline
     return min(times[needed - 1] + _grace(ledger, missing or (), times[needed - 1]), first + team.deadline)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,7 +140,7 @@ def test_free_auditors_are_the_idle_nodes_of_the_view():
     ]
     assert free_auditors(LiveView(nodes)) == {owner(AUDITOR)}
     cards = (DeviceEntry(device="cuda:0", state="training"), DeviceEntry(device="cuda:1", state="idle"))
-    nodes[1] = replace(nodes[1], record=nodes[1].record.model_copy(update={"devices": cards}))
+    nodes[1] = nodes[1]._replace(record=nodes[1].record.model_copy(update={"devices": cards}))
     assert free_auditors(LiveView(nodes)) == {owner(AUDITOR), owner(HONEST)}, "one of its devices has nothing to do"
     assert free_auditors(LiveView()) is None, "nothing was read yet"
 

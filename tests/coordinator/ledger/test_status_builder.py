@@ -291,7 +291,7 @@ def test_nothing_is_late_in_a_paused_run_nor_for_the_pause_after_it():
 def test_hidden_names_and_banned_peers_are_not_shown():
     driver = drive_judge()
     nodes = [node(driver.manifest.run_id, peer, driver.now) for peer in PEERS[:3]]
-    named = [replace(each, record=each.record.model_copy(update={"name": f"name {place}"})) for place, each in enumerate(nodes)]
+    named = [each._replace(record=each.record.model_copy(update={"name": f"name {place}"})) for place, each in enumerate(nodes)]
     claims = [claim(driver.manifest.run_id, PEERS[1], driver.now)]
     orders = (Order("hide-name", PEERS[0].public_key), Order("ban", PEERS[1].public_key, "spam"))
     shown = status(driver.state.run, ordered(driver.manifest, *orders, now=driver.now), LiveView(named, claims), driver.now)
@@ -324,7 +324,7 @@ def test_lanes_show_who_trains_what_is_gathered_and_a_refused_merge_in_red():
         driver.offer(record)
         driver.verdict(record)
     held = [claim(run, PEERS[lane], now) for lane in (0, 1, 2)]
-    held = [replace(each, record=each.record.model_copy(update={"lane": lane})) for lane, each in enumerate(held)]
+    held = [each._replace(record=each.record.model_copy(update={"lane": lane})) for lane, each in enumerate(held)]
     merge = next(action for action in driver.actions if isinstance(action, StartMerge))
     sources = tuple(source.acceptance.checkpoint for source in merge.sources)
     view = LiveView([node(run, PEERS[0], now)], held, merging=frozenset(sources))
