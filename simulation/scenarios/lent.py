@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from lutetia.coordinator.ledger.events import CheckerRefuted, CheckpointAccepted
+from lutetia.coordinator.ledger.events import CheckerRefuted, CheckpointAccepted, ResultSeen
 from lutetia.simulation.config import SimulationConfig
 from lutetia.simulation.faults.step import Step
 from lutetia.simulation.scenarios.scenario import Scenario, all_held, caught, joins
@@ -30,15 +30,23 @@ def _plan(config: SimulationConfig, peers: int, rng: Random) -> list[Step]:
 
 
 def never_stalls(world: SimulatedWorld) -> str | None:
-    """No shard with work left is without an acceptance for longer than LONGEST, nor more than once longer than LONG."""
-    times = {shard: [world.config.join_within] for shard in range(world.config.shards)}
+    """No shard with work left is without an acceptance for longer than LONGEST, nor more than once longer than LONG.
+
+    From the first sound result on: before that a shard may be held by a node that trains what is no checkpoint.
+    """
+    times: dict[int, list[float]] = {shard: [] for shard in range(world.config.shards)}
     for event in world.coordinators[0].ledger:
-        if isinstance(event, CheckpointAccepted):
-            times[event.acceptance.shard].append(event.time - world.queue.now + world.now)
+        match event:
+            case ResultSeen(record=record) if not times[record.shard] and world.blobs.contents[record.digest].sound:
+                times[record.shard].append(event.time - world.queue.now + world.now)
+            case CheckpointAccepted(acceptance=given):
+                times[given.shard].append(event.time - world.queue.now + world.now)
+            case _:
+                pass
     gaps = []
     for shard, moments in times.items():
         if world.invariants.heads[shard] < world.manifest.epochs:
-            moments.append(world.now)
+            moments[:] = [*(moments or [world.config.join_within]), world.now]
         gaps += [after - before for before, after in zip(moments, moments[1:], strict=False) if after - before > LONG]
     if max(gaps, default=0.0) > LONGEST:
         return f"a shard was without an acceptance for {max(gaps):.0f} s"
