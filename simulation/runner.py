@@ -154,6 +154,7 @@ def facts_of(world: SimulatedWorld) -> dict[str, Any]:
         "peers_online": sum(peer.answering and peer.host is peer for peer in world.nodes),
         "rolled_back": world.invariants.rolled_back,
         "quarantined": len(world.coordinators[0].state.run.quarantined),
+        "results_accepted": world.coordinators[0].state.run.accepted,
         "refused": world.coordinators[0].state.run.rejected,
         "audits_due": len(world.coordinators[0].state.run.audits),
         "results_waiting": sum(len(shard.candidates) for shard in world.coordinators[0].state.run.shards.values()),

@@ -114,10 +114,14 @@ class SimulatedBlobs:
             failed = 0.0
             for source, rate in zip(sources, rates, strict=True):
                 self._serving[source.index] -= 1
+                if source.index in self.origins:
+                    self._costs.served += left * rate / sum(rates)
                 if (source.index, parcel) in self.corrupt or not self._links.dials(taker, source) or not self.has(parcel, source):
                     refused.add(source.index)
                     failed += rate / sum(rates)
             self._costs.moved(left)
+            if taker.index in self.origins:
+                self._costs.received += left
             left *= failed
         self.put(parcel, taker)
 
