@@ -23,7 +23,8 @@ def part_of(command: Sequence[str]) -> Part:
     if any(word.startswith("lutetia.coordinator.web") for word in command):
         return "page"
     if any(word.startswith("lutetia.coordinator.worker") for word in command):
-        return next((_WORKERS[word] for word in command if word in _WORKERS), "coordinator")
+        known: list[Part] = [_WORKERS[word] for word in command if word in _WORKERS]
+        return known[0] if known else "coordinator"
     return "coordinator"
 
 

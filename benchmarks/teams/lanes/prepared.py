@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ class Preparation:
         write_weights(snapshot, files["weights"])
         write_state(snapshot, files["state"], ema=False)
         write_tensors(files["trace"], {"trace": torch.tensor(snapshot.trace)})
-        refs = {name: self.store.add_file(path, move=True) for name, path in files.items()}
+        refs: dict[str, Any] = {name: self.store.add_file(path, move=True) for name, path in files.items()}
         owner, epoch = author(trainer.lane), snapshot.epoch
         return CheckpointRecord(
             run=self.manifest.run_id, owner=owner.public_key, issued=1.0, shard=0, epoch=epoch, parent=parent and parent.digest,
