@@ -121,7 +121,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     rows.append("|---|---|---|---|---|")
     pair: float | None = None
     for line in lines:
-        rate = line["samples"] / line["seconds"]
+        rate = line["rate"]
         pair = rate if line["swarm"] == "pair" else pair
         ratio = f"{rate / pair:.2f}" if pair else "-"
         gaps = sorted(line["epochs"])

@@ -30,17 +30,16 @@ class Delivery:
         samples: of accepted results.
         authors: samples by author.
         epochs: seconds from one epoch of a shard to its next.
+        rate: accepted samples per second, of all shards together. That of a shard is taken over its whole epochs: a few of them
+            fit into the measured time, so where it cuts the last one would say more than how fast they are. A shard without a
+            whole epoch counts over the measured time.
     """
 
     seconds: float
     samples: int
     authors: Mapping[str, int]
     epochs: tuple[float, ...]
-
-    @property
-    def rate(self) -> float:
-        """Accepted samples per second."""
-        return self.samples / self.seconds
+    rate: float
 
 
 def accepted_work(events: Iterable[Event], manifest: Manifest) -> list[AcceptedWork]:
@@ -78,12 +77,14 @@ def begins(events: Iterable[Event], manifest: Manifest, nodes: int) -> float | N
 def delivery(events: Iterable[Event], manifest: Manifest, begin: float, end: float) -> Delivery:
     """What was accepted after `begin` and until `end` (Unix seconds)."""
     events = list(events)
+    inside = [work for work in accepted_work(events, manifest) if begin < work.at <= end]
     authors: dict[str, int] = defaultdict(int)
-    for work in accepted_work(events, manifest):
-        if begin < work.at <= end:
-            authors[work.author] += work.samples
-    gaps = []
-    for times in epoch_ends(events).values():
-        inside = [moment for moment in times if begin <= moment <= end]
-        gaps += [later - earlier for earlier, later in zip(inside, inside[1:], strict=False)]
-    return Delivery(end - begin, sum(authors.values()), dict(authors), tuple(gaps))
+    for work in inside:
+        authors[work.author] += work.samples
+    gaps, rate, ends = list[float](), 0.0, epoch_ends(events)
+    for shard in {work.shard for work in inside}:
+        times = [moment for moment in ends.get(shard, ()) if begin <= moment <= end]
+        gaps += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        first, last = (times[0], times[-1]) if len(times) > 1 else (begin, end)
+        rate += sum(work.samples for work in inside if work.shard == shard and first < work.at <= last) / (last - first)
+    return Delivery(end - begin, sum(authors.values()), dict(authors), tuple(gaps), rate)
