@@ -134,7 +134,8 @@ def test_contributing_has_every_step_of_the_checks() -> None:
 def test_figures_of_readme_are_in_the_results() -> None:
     section = (ROOT / "README.md").read_text().partition("## Figures")[2].partition("\n## ")[0]
     results = "\n".join(
-        (DOCS / "results" / name).read_text() for name in ("union/README.md", "base-drawn/README.md", "study-tries.md")
+        (DOCS / "results" / name).read_text()
+        for name in ("base-union/README.md", "base-drawn/README.md", "union/README.md", "study-tries.md")
     )
     figures = re.findall(r"\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]", section)
     assert len(figures) >= 7

@@ -20,7 +20,7 @@ from lutetia.models.study.report.tables import report
 from lutetia.models.study.results import StudyResults, curve
 
 RESULTS = Path(__file__).parents[4] / "docs" / "results"
-UNION, DRAWN = RESULTS / "union", RESULTS / "base-drawn"
+UNION, BASE_DRAWN, BASE_UNION = RESULTS / "union", RESULTS / "base-drawn", RESULTS / "base-union"
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +109,13 @@ def test_isolation_divides_random_clusters_by_both_sides(union: StudyResults) ->
 
 
 def test_isolation_at_the_whole_budget_is_read_beside_the_headline() -> None:
-    drawn = StudyResults.model_validate_json((DRAWN / "results.json").read_bytes())
+    drawn = StudyResults.model_validate_json((BASE_DRAWN / "results.json").read_bytes())
     loss = next(row for row in isolation(drawn) if row.metric == LOSS)
     assert loss.price == pytest.approx(0.5211 / 0.4846, abs=1e-3)
     assert loss.gain == pytest.approx(0.5211 / 0.4446, abs=1e-3)
 
 
-@pytest.mark.parametrize("folder", [UNION, DRAWN], ids=["union", "base-drawn"])
+@pytest.mark.parametrize("folder", [UNION, BASE_DRAWN, BASE_UNION], ids=lambda folder: folder.name)
 def test_committed_page_follows_from_its_results(folder: Path) -> None:
     page, results = (folder / "README.md").read_text(), StudyResults.model_validate_json((folder / "results.json").read_bytes())
     sheets = [f"clusters/{sheet.name}" for sheet in sorted((folder / "clusters").glob("*.png"))]
