@@ -290,6 +290,7 @@ class SimulatedCoordinator:
             samples=action.epoch * world.manifest.checkpoint_samples, loss=content.loss, peer_id=self.identity.peer_id,
         )  # fmt: skip
         world.blobs.contents[record.digest] = content
+        world.blobs.put(record.digest, self)  # nodes that check it fetch it
         return record, await world.decide.run_checks(record, action.parent, world.manifest, self._runner(), self.clock)
 
     def _runner(self) -> SimulatedCheckRunner:

@@ -51,6 +51,15 @@ def test_crowd_with_lanes_keeps_nine_of_ten_devices_at_work() -> None:
     assert alone.facts["utilisation"] < 0.2, "without lanes two of thirty work"
 
 
+def test_lanes_are_merged_where_nodes_check_the_merges() -> None:
+    crowd = SCENARIOS["crowd"]
+    config = with_lanes(replace(crowd.config, shards=2, lent=True), 4)
+    outcome = simulate(replace(crowd, config=config), 12, 1, seconds=1200, shrink=False)
+    assert outcome.violation is None, str(outcome.violation)
+    assert min(outcome.facts["epochs"]) >= 1
+    assert outcome.facts["useful"] > 0.3
+
+
 def test_every_fault_has_a_scenario_or_a_reason() -> None:
     assert {scenario.fault for scenario in SCENARIOS.values()} - {0} | NOT_SIMULATED.keys() == set(range(1, 21))
 
