@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lutetia.cli.arguments import RunFolder, documented_by, given, is_ticket, read_config, same_config, setting, settings_of
 from lutetia.cli.output import JsonFlag, emit, say
 from lutetia.cli.owner import actions, runs
-from lutetia.protocol.schema.model.pipeline_spec import Side
 from lutetia.system.errors import plain
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def create(
     address: Annotated[list[str] | None, setting("RUN_ADDRESS")] = None,
     experts: Annotated[int | None, setting("RUN_EXPERTS", min=1)] = None,
     pipeline: Annotated[str | None, setting("PIPELINE", "", "--from")] = None,
-    part: Annotated[Side | None, setting("RUN_PART")] = None,
+    part: Annotated[Literal["high", "low"] | None, setting("RUN_PART")] = None,
     first_frame: Annotated[float | None, setting("RUN_FIRST_FRAME", min=0.0, max=1.0)] = None,
     warm_start: Annotated[
         str | None,
