@@ -214,6 +214,9 @@ def earlier_reply(run: RunState, shard: ShardLedger, record: CheckpointRecord) -
         text = f"shard {record.shard} was rolled back to epoch {shard.epoch}; sync it and go on from there"
         return OfferReply(verdict="superseded", text=text)
     if record.epoch <= shard.epoch:
+        part = shard.link(digest)
+        if part and part.acceptance.lanes and part.acceptance.author == record.owner:
+            return OfferReply(verdict="gathered", text=f"it is a part of epoch {record.epoch} of shard {record.shard}")
         merged = shard.acceptance is not None and shard.acceptance.lanes
         how = "merged before this result was there, which costs its author nothing" if merged else "accepted from another result"
         text = f"epoch {shard.epoch} of shard {record.shard} was {how}; sync it and go on from there"

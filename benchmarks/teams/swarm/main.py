@@ -81,8 +81,9 @@ def _run(data: Path, folder: Path, swarm: str, arguments: argparse.Namespace) ->
     """A run whose budget outlasts the measured time."""
     batch, team = 4, TeamSpec(lanes=LANES, quorum=0.75, deadline=600.0)
     settings: dict[str, Any] = {
-        "preset": "tiny" if arguments.tiny else "demo", "name": swarm, "addresses": (f"127.0.0.1:{free_port()}",),
-        "optimisation": Optimisation(batch=batch), "checkpoint_samples": batch * arguments.steps,
+        "preset": "tiny" if arguments.tiny else "demo", "name": swarm, "experts": SHARDS,
+        "addresses": (f"127.0.0.1:{free_port()}",), "optimisation": Optimisation(batch=batch),
+        "checkpoint_samples": batch * arguments.steps,
         "samples_per_shard": batch * arguments.steps * 1000, "holdout_tolerance": 1.0, "raw_tolerance": 1.0,
     }  # fmt: skip
     return create_run(data, folder / "run", RunSettings(**settings, team=None if swarm == "pair" else team))

@@ -34,6 +34,9 @@ def test_quorum_of_lanes_is_merged_into_one_epoch_that_names_them() -> None:
     reply = driver.judge.offer(late)
     assert reply.verdict == "superseded"
     assert "merged before this result was there, which costs its author nothing" in reply.text
+    assert driver.judge.offer(results[1]).verdict == "gathered", "its author asks again after the merge"
+    copy = make_record(driver.judge.manifest, PEERS[5], 0, 1, None, lane=2)
+    assert driver.judge.offer(copy).verdict == "superseded"
     run = driver.judge.state.run
     assert [run.peer(PEERS[lane].public_key).accepted for lane in range(4)] == [1, 0, 1, 1]
     assert run.rejected == 0
