@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -37,10 +38,12 @@ from lutetia.models.study.config import DrawnClips, StudyConfig
 from lutetia.models.study.plan import Training, plan_study, planned_latent
 from lutetia.models.training.checkpoint_io import write_weights
 from lutetia.models.training.holdout_loss import holdout_loss
+from lutetia.models.training.kernels.choice import Kernels
 from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.models.video_files import to_uint8
 from lutetia.node.trainer.devices import Accelerators, choose_precision
-from lutetia.protocol.schema.manifest import Manifest, ShardSpec
+from lutetia.node.trainer.kernels.measuring import KernelOrder, kernels_for
+from lutetia.protocol.schema.manifest import Manifest, ShardSpec, SignedManifest
 from lutetia.protocol.schema.model.latent_spec import LatentSpec
 from lutetia.system.errors import LutetiaError
 from lutetia.system.files import read_toml
@@ -88,13 +91,14 @@ def study(site: Site) -> None:
         detail=f"clusters of {np.bincount(train.clusters).tolist()}",
     )
     precision, _ = choose_precision(site.device, "auto", Accelerators.seen())
+    kernels = choose(site, arms[0], precision)
     trainers = []
     for arm in arms:
         for shard, number in enumerate(arm.clusters):
             data = site.folder / f"clips-{number}.safetensors"
             if not data.exists():
                 write_clips(train.of(number), data)
-            place = (arm, shard, data, site.device, precision, site.folder)
+            place = (arm, shard, data, site.device, precision, kernels, site.folder)
             trainers.append(processes(site.device).Process(target=_train, args=place))  # type: ignore[attr-defined]
             trainers[-1].start()
     curves = _watch(site, arms, held_out, trainers)
@@ -194,10 +198,21 @@ def read_clips(path: Path) -> ShardData:
     return ShardData(tensors["latents"], tensors["tokens"], tensors["pooled"], [""] * count, [""] * count)
 
 
-def _train(arm: Arm, shard: int, data: Path, device: str, precision: Precision, folder: Path) -> None:
+def choose(site: Site, arm: Arm, precision: Precision) -> Kernels:
+    """The kernels of all arms, as a node's probe chooses them: on a card by a fifth of the time at most."""
+    path = site.folder / "manifest.json"
+    path.write_bytes(SignedManifest.sign(arm.manifest, OWNER).to_bytes())
+    batch = arm.manifest.optimisation.batch
+    order = KernelOrder(manifest=path, shard=0, device=site.device, precision=precision, micro_batch=batch)
+    found = kernels_for("auto", order, arm.manifest, time.monotonic() + site.left / 5)
+    site.put("kernels", found.kernels.word, detail=found.reason.removeprefix("kernels: "))
+    return found.kernels
+
+
+def _train(arm: Arm, shard: int, data: Path, device: str, precision: Precision, kernels: Kernels, folder: Path) -> None:
     """Train one expert to the end of its budget; leaves its weights at every checkpoint."""
     torch.set_num_threads(1)
-    trainer = ExpertTrainer(arm.manifest, shard, read_clips(data), device=device, precision=precision)
+    trainer = ExpertTrainer(arm.manifest, shard, read_clips(data), device=device, precision=precision, kernels=kernels)
     for epoch in range(arm.manifest.epochs):
         for _ in range(arm.manifest.steps_per_epoch):
             trainer.step()

@@ -30,7 +30,7 @@ from lutetia.system.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_BASE = 0.08
+SHARE_OF_BASE = 0.04
 """Bytes of adapters that are held, over those of the base, where nobody says how many: with what else a process takes, a mixture
 stays below 1.1 times its base, whatever the number of experts."""
 GivenBase = Path | str | Mapping[str, Path] | None

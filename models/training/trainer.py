@@ -197,12 +197,14 @@ class ExpertTrainer:
     def _accumulate(self, batch: Batch, factor: float = 1.0) -> Tensor:
         """Compute the gradients of the batch's mean loss times `factor`, micro-batch by micro-batch. Returns the loss."""
         if self.kernels.compiled and not self._compiled:  # only now is it known which kernels an epoch was begun with
-            compile_blocks(self.model, strict=self.strict_kernels)
+            compile_blocks(self.model, graphs=self.kernels.graphs, strict=self.strict_kernels)
             self._compiled = True
         total = torch.zeros((), device=self.device)
         with attention_by(self.kernels, strict=self.strict_kernels):
             for first in range(0, len(batch), self.micro_batch):
                 rows = batch.rows(first, first + self.micro_batch).to(self.device)
+                if self.kernels.graphs:
+                    torch.compiler.cudagraph_mark_step_begin()
                 with self._autocast():
                     asked = self._answers(rows), rows.latents, rows.noise, rows.time, rows.given
                     losses = weighted_losses(self.manifest.optimisation, self.spec, *asked)

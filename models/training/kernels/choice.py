@@ -33,7 +33,7 @@ PACKAGES: Mapping[Attention, str] = {"flash-attn": "flash_attn", "xformers": "xf
 """The packages with attention kernels, as they are imported."""
 _OF_TORCH: dict[str, tuple[Attention, ...]] = {"cpu": ("math",), "cuda": ("flash", "efficient", "cudnn", "math")}
 _COMPILED = {"cpu", "cuda", "xpu"}
-COMPILED = "compiled"
+COMPILED, GRAPHS = "compiled", "graphs"
 
 
 class Kernels(Frozen):
@@ -41,11 +41,15 @@ class Kernels(Frozen):
 
     attention: Attention = Field(default="torch", description="Whose attention kernel; torch: what torch chooses")
     compiled: bool = Field(default=False, description="Whether the expert's blocks are compiled by torch.compile")
+    graphs: bool = Field(
+        default=False, description="Whether compiled blocks are launched as CUDA graphs: small experts are bound by launches"
+    )
 
     @property
     def word(self) -> str:
         """In records and files: plain, or for instance `flash compiled`."""
-        return " ".join([self.attention] * (self.attention != "torch") + [COMPILED] * self.compiled) or "plain"
+        names = [self.attention] * (self.attention != "torch") + [COMPILED] * self.compiled + [GRAPHS] * self.graphs
+        return " ".join(names) or "plain"
 
 
 PLAIN_KERNELS = Kernels()
@@ -55,7 +59,8 @@ def read_kernels(word: object) -> Kernels:
     """Kernels from their word. The plain way for one that this version does not know."""
     names = word.split() if isinstance(word, str) else []
     attention: Attention = next((name for name in get_args(Attention) if name in names), "torch")
-    return Kernels(attention=attention, compiled=COMPILED in names)
+    compiled = COMPILED in names
+    return Kernels(attention=attention, compiled=compiled, graphs=compiled and GRAPHS in names)
 
 
 def reproduced(word: str, own: Kernels) -> Kernels:
@@ -98,10 +103,12 @@ def attention_kernels(device: str, packages: Sequence[str]) -> list[Kernels]:
 
 
 def compiled_kernels(device: str, best: Kernels) -> list[Kernels]:
-    """The compiled ways to try once the best attention kernel is known; that comes first."""
-    if device.partition(":")[0] not in _COMPILED:
+    """The compiled ways to try once the best attention kernel is known; those with it come first, on CUDA also as graphs."""
+    kind = device.partition(":")[0]
+    if kind not in _COMPILED:
         return []
-    return [kernels.model_copy(update={"compiled": True}) for kernels in dict.fromkeys((best, PLAIN_KERNELS))]
+    ways = ({"compiled": True}, *([{"compiled": True, "graphs": True}] if kind == "cuda" else ()))
+    return [kernels.model_copy(update=way) for kernels in dict.fromkeys((best, PLAIN_KERNELS)) for way in ways]
 
 
 def choose_kernels(trials: Sequence[KernelTrial], precision: Precision, steps: int, shapes: int) -> KernelFinding:

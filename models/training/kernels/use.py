@@ -41,13 +41,16 @@ def attention_by(kernels: Kernels, *, strict: bool = False) -> Iterator[None]:
         yield
 
 
-def compile_blocks(model: nn.Module, *, strict: bool = False) -> None:
+def compile_blocks(model: nn.Module, *, graphs: bool = False, strict: bool = False) -> None:
     """Have the model's repeated blocks compiled when they are next called: they are alike, so they are compiled once together.
 
     Each shape is compiled for itself, so that the code does not depend on which shape came first; a trainer that was restarted
     goes on with the same code. One process compiles, so that none is left behind.
 
-    `strict`: fail where the compiler fails, instead of going on uncompiled.
+    Args:
+        model: the expert.
+        graphs: launch them as CUDA graphs. Each forward pass is then begun by `torch.compiler.cudagraph_mark_step_begin`.
+        strict: fail where the compiler fails, instead of going on uncompiled.
     """
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
@@ -57,7 +60,7 @@ def compile_blocks(model: nn.Module, *, strict: bool = False) -> None:
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = _MOST_SHAPES
     dynamo.suppress_errors = not strict
     for block in repeated_blocks(model):
-        block.compile(backend=COMPILER, dynamic=False)
+        block.compile(backend=COMPILER, dynamic=False, **({"options": {"triton.cudagraphs": True}} if graphs else {}))
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:

@@ -82,11 +82,13 @@ def test_ways_to_try_follow_the_device_and_its_packages() -> None:
     assert names == ["flash", "efficient", "cudnn", "math", "xformers"]
     assert [kernels.word for kernels in attention_kernels("cpu", ["xformers"])] == ["math"]
     assert attention_kernels("mps", []) == compiled_kernels("mps", FLASH) == []
-    assert [kernels.word for kernels in compiled_kernels("cuda:0", FLASH)] == ["flash compiled", "compiled"]
+    assert [kernels.word for kernels in compiled_kernels("cuda:0", FLASH)] == [
+        "flash compiled", "flash compiled graphs", "compiled", "compiled graphs",
+    ]  # fmt: skip
     assert compiled_kernels("cpu", PLAIN_KERNELS) == [COMPILED]
 
 
-@pytest.mark.parametrize("kernels", [PLAIN_KERNELS, FLASH, COMPILED, Kernels(attention="flash-attn", compiled=True)])
+@pytest.mark.parametrize("kernels", [PLAIN_KERNELS, FLASH, COMPILED, Kernels(attention="flash-attn", compiled=True, graphs=True)])
 def test_word_names_kernels_and_nothing_else(kernels: Kernels) -> None:
     assert read_kernels(kernels.word) == kernels
     assert reproduced(kernels.word, kernels) == kernels
