@@ -67,6 +67,7 @@ def grid(done: Done, sizes: frozenset[str], seeds: int) -> Iterator[Cell]:
 def _ordered(done: Done, seeds: int) -> Iterator[Cell]:
     yield from compared(TINY_2, 0, done)
     yield from compared(LARGE_2, 0, done)
+    yield from branches(LARGE_2)
     yield from variants(TINY_2, done)
     yield from compared(TINY_8, 0, done)
     for seed in range(1, seeds):
@@ -114,6 +115,12 @@ def variants(block: Block, done: Done) -> Iterator[Cell]:
     yield replace(lanes, nodes=8)
     yield replace(lanes, interval=250)
     yield replace(lanes, nodes=2)
+
+
+def branches(block: Block) -> Iterator[Cell]:
+    """Branches at each rate of one node: after the split each child is one."""
+    for rate in block.rates_of("one"):
+        yield replace(block.cell("lanes", rate, 0), arm="branches", interval=0)
 
 
 def more_variants(block: Block, done: Done) -> Iterator[Cell]:
