@@ -163,8 +163,8 @@ def _shard_metrics(status: SwarmStatus) -> Iterator[Metric]:
 
 def metrics_text(status: SwarmStatus, facts: ServerFacts | None = None) -> bytes:
     """The exposition text of `status`, of `facts` and of their process."""
-    registry, facts = CollectorRegistry(), facts or ServerFacts()
-    registry.register(_StatusCollector(status, facts))
-    ProcessCollector(registry=registry, pid=lambda: facts.process or "self")
-    PlatformCollector(registry=registry)
-    return generate_latest(registry)
+    collectors, facts = CollectorRegistry(), facts or ServerFacts()
+    collectors.register(_StatusCollector(status, facts))
+    ProcessCollector("", lambda: facts.process or "self", "/proc", collectors)
+    PlatformCollector(collectors)
+    return generate_latest(collectors)

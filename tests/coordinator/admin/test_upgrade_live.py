@@ -155,7 +155,8 @@ async def killed_and_started_again(
 
 def epochs_in(state: Path) -> list[int]:
     """The whole checkpoints that a node has in its folder."""
-    return [int(path.parent.name.removeprefix("epoch-")) for path in state.glob("runs/*/work/0000/epoch-*/checkpoint.json")]
+    [work] = state.glob("runs/*/work")
+    return [int(path.parent.name.removeprefix("epoch-")) for path in work.glob("0000/epoch-*/checkpoint.json")]
 
 
 async def orders_from_another_machine(run: CreatedRun, coordinator: Coordinator, root: Path) -> None:

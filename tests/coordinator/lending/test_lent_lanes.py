@@ -42,7 +42,7 @@ from lutetia.protocol.schema.manifest import AuditPolicy
 from lutetia.protocol.schema.model.blob_ref import BlobRef
 from lutetia.protocol.schema.model.team_spec import TeamSpec
 from lutetia.protocol.transport.base import Transport
-from tests.coordinator.runtime.lanes.lane_run import LaneRun
+from tests.coordinator.runtime.lanes.lane_run import ArrivedCheckRunner, LaneRun
 from tests.memory_transport.network import MemoryNetwork
 
 ANN, LIAR = Identity.derived("ann"), Identity.derived("liar")
@@ -81,11 +81,8 @@ class LentLaneRun(LaneRun):
         )  # fmt: skip
 
 
-class ArrivedLentRunner(LentCheckRunner):
-    """Every result has arrived."""
-
-    async def fetch(self, record: Any, patience: float = 1.0) -> None:
-        assert all(self._store_with(ref.digest) for ref in (record.weights, record.state, record.trace))
+class ArrivedLentRunner(ArrivedCheckRunner, LentCheckRunner):
+    """Every result has arrived, and nodes check it."""
 
 
 @dataclass
