@@ -28,6 +28,7 @@ STUDIES = {
     "metrics": "benchmarks.metrics_validation.main",
     "network-attacks": "benchmarks.attacks.network",
     "page": "benchmarks.page.main",
+    "pipelines": "benchmarks.pipelines",
     "releases": "benchmarks.releases",
     "simulate": "benchmarks.simulation.main",
     "team-lanes": "benchmarks.teams.lanes.main",

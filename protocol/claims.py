@@ -133,21 +133,21 @@ def preferred_shard(
 ) -> ShardView | None:
     """The free slot that this peer should claim: best fitness first, ties by its own rendezvous hash, so that joiners spread.
 
-    A lower lane comes before all that: joiners spread over shards first, then over their lanes. But a lane of which this peer
-    has unfinished work comes before every lower one.
+    Joiners spread over shards first: lane 0 comes before all other lanes. Of those the best fit comes first, which is the largest
+    share that the peer trains in time, then the lowest lane. A lane of which this peer has unfinished work counts as lane 0.
 
     Args:
         run: the run's id.
         owner: public key of the peer.
         free: the free slots.
-        fitness: of slots: hardware fit × work left; slots of fitness 0 do not fit this node.
+        fitness: of slots: hardware fit, for lane 0 × work left; slots of fitness 0 do not fit this node.
         begun: slots of which this peer has unfinished work.
     """
     fitting = [view for view in free if fitness.get(view.shard, 0) > 0]
 
-    def order(view: ShardView) -> tuple[int, float, int]:
+    def order(view: ShardView) -> tuple[bool, float, int, int]:
         lane = 0 if view.shard in begun else view.shard // MOST_SHARDS
-        return lane, -fitness[view.shard], rendezvous(run, view.shard, view.epoch, owner)
+        return lane > 0, -fitness[view.shard], lane, rendezvous(run, view.shard, view.epoch, owner)
 
     return min(fitting, key=order, default=None)
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import NormalDist
 
 from lutetia.coordinator.settings import ServeSettings
 from lutetia.protocol.claims import slots_of
@@ -96,16 +97,26 @@ class SimulationConfig:
 
 
 def with_lanes(config: SimulationConfig, lanes: int) -> SimulationConfig:
-    """The same settings with so many lanes of each shard; 1: without a team.
+    """The same settings with so many lanes of each shard, as an owner of so many would set them; 1: without a team.
 
-    Two epochs' time is the deadline. The coordinator checks as many results at once as it needs to check one of every lane in a
-    third of an epoch's time, as an owner of so many lanes would set it (benchmarks/simulation/lanes.py shows what happens else).
+    The shares fit the speeds of the machines: each lane takes a machine of its part of the distribution the time that an epoch
+    takes one of speed 1 without lanes, and the deadline is a tenth more. The coordinator checks as many results at once as it
+    needs to check one of every lane in a third of that time (benchmarks/simulation/lanes.py shows what happens else).
     """
     if lanes == 1:
         return replace(config, team=None)
+    fastest, *others = (_speed_of(config, (lanes - lane - 0.5) / lanes) for lane in range(lanes))
+    shares = (1.0, *(round(speed / fastest, 3) for speed in others))
     checks = math.ceil(3 * config.check_seconds * config.shards * lanes / config.epoch_seconds)
-    team = TeamSpec(lanes=lanes, deadline=2 * config.epoch_seconds)
-    return replace(config, team=team, checks_at_once=max(config.checks_at_once, checks))
+    return replace(
+        config, team=TeamSpec(lanes=lanes, shares=shares, deadline=1.1 * config.epoch_seconds),
+        epoch_seconds=config.epoch_seconds * fastest, checks_at_once=max(config.checks_at_once, checks),
+    )  # fmt: skip
+
+
+def _speed_of(config: SimulationConfig, quantile: float) -> float:
+    """The speed that this share of the machines falls short of."""
+    return math.exp(config.speed_sigma * NormalDist().inv_cdf(quantile))
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,16 @@ def model_card(manifest: Manifest, entries: Sequence[ExpertEntry]) -> str:
 def _metadata(manifest: Manifest) -> Iterator[str]:
     """The YAML head. JSON strings are YAML strings."""
     tags = "decentralized-diffusion-model, lutetia" + (", lora" if manifest.adapter else "")
-    yield from ("---", "library_name: diffusers", "pipeline_tag: text-to-video", f"tags: [{tags}]")
+    yield from ("---", "library_name: diffusers", f"pipeline_tag: {_task(manifest)}", f"tags: [{tags}]")
     if manifest.card and manifest.card.license:
         yield f"license: {json.dumps(manifest.card.license)}"
     if bases := sorted({name for name in map(_hub_base, _specs(manifest)) if name}):
         yield f"base_model: {json.dumps(bases)}"
     yield "---"
+
+
+def _task(manifest: Manifest) -> str:
+    return "image-to-video" if manifest.latent.picture else "text-to-video"
 
 
 def _introduction(manifest: Manifest, entries: Sequence[ExpertEntry]) -> Iterator[str]:
@@ -43,16 +47,18 @@ def _introduction(manifest: Manifest, entries: Sequence[ExpertEntry]) -> Iterato
     yield from (f"# {_words(manifest.name)}", "")
     if manifest.card and manifest.card.description:
         yield from (_words(manifest.card.description), "")
-    yield f"A mixture of {count} experts for text-to-video. Each was trained alone, on one shard of the data of run"
+    yield f"A mixture of {count} experts for {_task(manifest)}. Each was trained alone, on one shard of the data of run"
     yield from (f"`{manifest.run_id}`.", "")
     base = ', base="folder/of/the/base"' if manifest.adapter else ""
+    image = ', image=Image.open("first.png")' if latent.picture else ""
     example = json.dumps(prompt.replace("`", " "), ensure_ascii=False)
     yield from (
         "```python",
+        *(("from PIL import Image", "") if latent.picture else ()),
         "from lutetia.models.pipeline import LutetiaPipeline  # needs: pip install lutetia",
         "",
         f'pipe = LutetiaPipeline.from_pretrained("path/to/this/folder"{base})  # or its id on a hub',
-        f"frames = pipe([{example}], seed=0).frames  # float32 in 0…1, {size}",
+        f"frames = pipe([{example}]{image}, seed=0).frames  # float32 in 0…1, {size}",
         "```",
         "",
         "No code of this folder is run.",
@@ -62,8 +68,9 @@ def _introduction(manifest: Manifest, entries: Sequence[ExpertEntry]) -> Iterato
         yield f"The experts were trained for {part.side} noise (flow times {span}). The other steps are made by the pipeline's"
         yield 'own transformer, or by a mixture for them: `pipe.pair_with("path/to/it")`.'
     if manifest.adapter:
+        second = ", load_into_transformer_2=True" if part and part.side == "low" else ""
         yield f"Every adapter also loads alone into a diffusers pipeline of the base ({first.class_name}), by"
-        yield f'`load_lora_weights("path/to/this/folder/{first.folder}")`.'
+        yield f'`load_lora_weights("path/to/this/folder/{first.folder}"{second})`.'
     else:
         yield "Every expert also loads alone, for instance"
         yield f'`diffusers.{first.class_name}.from_pretrained("path/to/this/folder/{first.folder}")`.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 from lutetia.node.machine.lease import own_shard_seen, start_sync
@@ -109,11 +110,13 @@ def _choose(transition: NodeTransition) -> None:
 def _fitness(transition: NodeTransition, view: ShardView) -> float:
     """Hardware fit × work left, doubled for a shard whose local work is still on disk.
 
-    Work left is rounded up to quarters: exact differences would send all newcomers to one shard.
+    Work left is rounded up to quarters: exact differences would send all newcomers to one shard. In lanes above the first it
+    does not count, so that the lanes of all shards fill alike.
     """
-    epochs = transition.rules.epochs
-    quarters = -(-4 * (epochs - view.epoch) // epochs)
-    return transition.state.fitness[view.shard] * quarters * (2 if view.shard in transition.state.remembered else 1)
+    epochs, fit, begun = transition.rules.epochs, transition.state.fitness[view.shard], view.shard in transition.state.remembered
+    if view.shard >= MOST_SHARDS and not begun:
+        return fit
+    return fit * -(-4 * (epochs - view.epoch) // epochs) * (2 if begun else 1)
 
 
 def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
@@ -200,8 +203,8 @@ def look_at_due_shards(transition: NodeTransition) -> None:
 def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
     """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread.
 
-    The lanes above the first follow from a place of this node's own on, a lane of every shard after another: looked at from the
-    lowest on, a large run with many lanes would take a newcomer minutes.
+    The lanes above the first follow, those that fit best first. Of equal ones it begins at a place of this node's own, a lane of
+    every shard after another: looked at from the lowest on, a large run with many lanes would take a newcomer minutes.
     """
     state, rules = transition.state, transition.rules
 
@@ -209,9 +212,15 @@ def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple
         return shard not in state.remembered, -state.fitness.get(shard, 0.0), rendezvous(rules.run, shard, 0, rules.owner)
 
     first = {shard for shard in shards if shard < MOST_SHARDS or shard in state.remembered}
-    others = [shard for shard in shards if shard not in first and state.fitness.get(shard, 0.0) > 0]
-    start = int(rules.jitter("lanes") * len(others))
-    return (*sorted(first, key=order), *others[start:], *others[:start])
+    others, place = defaultdict[float, list[int]](list), rules.jitter("lanes")
+    for shard in shards:
+        if shard not in first and (fit := state.fitness.get(shard, 0.0)) > 0:
+            others[fit].append(shard)
+    promising = sorted(first, key=order)
+    for fit in sorted(others, reverse=True):
+        start = int(place * len(others[fit]))
+        promising += others[fit][start:] + others[fit][:start]
+    return tuple(promising)
 
 
 def _looks_due(transition: NodeTransition, now: float, soon: float) -> tuple[int, ...]:

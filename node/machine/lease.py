@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from lutetia.node.machine.messages import (
     CheckpointsSuperseded,
     Claim,
@@ -18,16 +21,30 @@ from lutetia.protocol.claims import LiveClaim, ShardView, Stand, shard_and_lane,
 from lutetia.protocol.schema.records import ClaimRecord
 from lutetia.protocol.stalled_claims import current_holder
 
+T = TypeVar("T")
+
 # --- taking and releasing a shard ---------------------------------------------------------------------------------
 
 
 def start_sync(transition: NodeTransition, shard: int, known: Stand = (0, 0, None)) -> None:
-    """Take the shard: fetch its data and accepted state. `known`: a newer acceptance that the DHT may not show yet."""
-    view = transition.state.views.get(shard) or ShardView(shard)
+    """Take the shard: fetch its data and accepted state. `known`: a newer acceptance that the DHT may not show yet.
+
+    What is known of other shards is dropped: it will be out of date when this node needs it again.
+    """
+    state = transition.state
+    view = state.views.get(shard) or ShardView(shard)
     term, epoch, checkpoint = known if known[:2] >= view.place else view.stand
-    transition.set(work=ShardWork(shard, epoch, checkpoint, term=term, trainer_epoch=epoch), renew_at=transition.now)
+    transition.set(
+        work=ShardWork(shard, epoch, checkpoint, term=term, trainer_epoch=epoch), renew_at=transition.now,
+        views=_only(shard, state.views), looked_at=_only(shard, state.looked_at),
+        claim_histories=_only(shard, state.claim_histories),
+    )  # fmt: skip
     transition.enter("syncing", f"fetching {slot_name(shard)} at epoch {epoch}")
     transition.do(Sync(shard, epoch, checkpoint))
+
+
+def _only(shard: int, known: Mapping[int, T]) -> dict[int, T]:
+    return {shard: known[shard]} if shard in known else {}
 
 
 def release(transition: NodeTransition, *, save: bool) -> None:

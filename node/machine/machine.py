@@ -200,7 +200,8 @@ def _probe(transition: NodeTransition, why: str) -> None:
 def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     transition.set(fitness=fitness, probe_failures=0)
     fits = any(value > 0 for value in fitness.values())
-    transition.set(probe_at=None if fits else transition.now + transition.rules.probe_again)
+    again = transition.rules.probe_again * (0.75 + transition.rules.jitter("probe", int(transition.now)) / 2)
+    transition.set(probe_at=None if fits else transition.now + again)  # at unlike times: nodes of one machine slow each other down
     transition.set(look_at=transition.now)
     if transition.state.phase != "probing":
         return

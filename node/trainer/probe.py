@@ -311,6 +311,7 @@ class _Trial:
     def works(self, plan: MemoryPlan, rows: int) -> bool:
         from lutetia.models.training.trainer import ExpertTrainer
         from lutetia.node.trainer.exit_reasons import reason_of
+        from lutetia.node.trainer.step_rate import fastest_rate
 
         try:
             trainer = ExpertTrainer(
@@ -318,9 +319,7 @@ class _Trial:
                 device=self.device, micro_batch=rows, precision=plan.precision, memory=plan.options,
             )  # fmt: skip
             trainer.step()  # the first step allocates optimiser moments and compiles kernels
-            start = time.monotonic()
-            trainer.step()
-            self.rate = self.manifest.optimisation.batch / (time.monotonic() - start)
+            self.rate = fastest_rate(trainer.step, self.manifest.optimisation.batch)
         except (RuntimeError, MemoryError) as error:
             known = reason_of(error)
             if known is None or known[0] != "out-of-memory":

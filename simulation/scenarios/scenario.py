@@ -46,16 +46,19 @@ def joins(config: SimulationConfig, peers: int, rng: Random, within: float | Non
 
 
 def all_held(world: SimulatedWorld) -> str | None:
-    """No shard with work left has two holders, and none is free while a node is idle."""
-    holders, slots, quarantined = world.holders(), world.config.slots, world.coordinators[0].state.run.quarantined
-    able = sum(peer.answering and peer.machine.owner not in quarantined for peer in world.nodes)
-    for slot in slots:
+    """No slot with work left has two holders, and none is free while a node that it fits has no work."""
+    holders, quarantined = world.holders(), world.coordinators[0].state.run.quarantined
+    idle = [
+        peer for peer in world.nodes
+        if peer.answering and peer.machine.owner not in quarantined and not (peer.state.work and peer.state.work.owned)
+    ]  # fmt: skip
+    for slot in world.config.slots:
         if world.invariants.heads[shard_and_lane(slot)[0]] >= world.manifest.epochs:
             continue
         held = holders.get(slot, [])
         if len(held) > 1:
             return f"{slot_name(slot)} has {len(held)} holders: {held}"
-        if not held and len(holders) < min(len(slots), able):
+        if not held and any(peer.state.fitness.get(slot, 0) > 0 for peer in idle):
             return f"{slot_name(slot)} has no holder"
     return None
 

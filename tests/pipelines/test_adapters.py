@@ -28,13 +28,15 @@ dtype = "float32"
 """
 
 
-@pytest.mark.parametrize("made", ["wan21", "ltx-i2v"], indirect=True)
+@pytest.mark.parametrize("made", ["wan21", "ltx-i2v", "wan22-a14b"], indirect=True)
 def test_stock_pipeline_with_the_trained_adapter_gives_the_mixtures_latents(made: Made, tmp_path: Path) -> None:
-    base = pipeline_folder(made.name)
-    settings = _ADAPTER.format(base=base)
-    manifest = create_by_command(made.name, made.folder / "data", tmp_path / "run", more=settings)
+    """Of Wan 2.2 A14B the adapter is on the transformer for low noise."""
+    base, low = pipeline_folder(made.name), made.name == "wan22-a14b"
+    settings = _ADAPTER.format(base=f"{base}/transformer_2" if low else base)
+    options = ("--part", "low") if low else ()
+    manifest = create_by_command(made.name, made.folder / "data", tmp_path / "run", *options, more=settings)
     assert {ADAPTERS, PIPELINES} <= set(manifest.needs)
-    taken = ("prediction", "noise_schedule", "betas", "inputs")
+    taken = ("prediction", "noise_schedule", "betas", *(() if low else ("inputs",)))
     assert [getattr(manifest.expert, name) for name in taken] == [getattr(made.manifest.expert, name) for name in taken]
     assert (manifest.expert.init, manifest.sampling) == (None, made.manifest.sampling)
     assert manifest.optimisation.time == made.manifest.optimisation.time
@@ -51,7 +53,9 @@ def test_stock_pipeline_with_the_trained_adapter_gives_the_mixtures_latents(made
     mixture = load_pipeline(tmp_path / "mixture", base=base)
     adapted = Made(made.name, tmp_path, manifest, stock, mixture, made.noise)
     plain = draw_stock(adapted)
-    stock.load_lora_weights(str(tmp_path / "mixture" / "expert_000"))
+    stock.load_lora_weights(str(tmp_path / "mixture" / "expert_000"), **({"load_into_transformer_2": True} if low else {}))
     theirs, ours = draw_stock(adapted), draw_mixture(adapted)
     assert apart(plain, theirs) > 1e-4, "the adapter was trained"
     assert apart(ours, theirs) <= 1e-6
+    how = 'expert_000", load_into_transformer_2=True)' if low else 'expert_000")'
+    assert how in (tmp_path / "mixture" / "README.md").read_text()

@@ -32,7 +32,7 @@ from tests.cli.command_runner import lutetia
 from tests.pipelines.made_pipeline import PICTURE, Made, apart, draw_mixture, draw_stock
 from tests.pipelines.tiny_pipelines import PROMPTS
 
-CHANNELS = ["cogvideox-i2v", "wan21-i2v", "wan22-a14b-i2v"]
+CHANNELS = ["cogvideox-i2v", "cogvideox-1.5-i2v", "wan21-i2v", "wan22-a14b-i2v"]
 OTHER = Image.effect_mandelbrot((40, 40), (-1, -1, 1, 1), 50).convert("RGB")
 
 
@@ -166,6 +166,15 @@ def test_stock_pipeline_that_gives_other_frames_is_refused(made: Made) -> None:
     tokens = torch.zeros(1, 512 if made.name.startswith("wan") else 12, 32)
     with pytest.raises(UsageError, match="takes the first frame of a clip as a picture, and no other frames"):
         transformer(given, torch.tensor([500.0]), tokens)
+
+
+@pytest.mark.parametrize("made", ["wan21-i2v"], indirect=True)
+def test_model_card_says_that_a_picture_is_needed(made: Made) -> None:
+    card = (made.folder / "mixture" / "README.md").read_text()
+    assert "pipeline_tag: image-to-video" in card
+    assert "experts for image-to-video" in card
+    assert "from PIL import Image\n\nfrom lutetia" in card
+    assert 'pipe(["a prompt"], image=Image.open("first.png"), seed=0)' in card
 
 
 @pytest.mark.parametrize("made", ["wan21-i2v"], indirect=True)

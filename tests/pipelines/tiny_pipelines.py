@@ -160,7 +160,8 @@ def _ltx(kind: Any = diffusers.LTXPipeline, scale: float = 0.9) -> Any:
     return kind(tokenizer=_tokenizer(128), text_encoder=_t5("T5"), vae=vae, scheduler=scheduler, transformer=transformer)
 
 
-def _cogvideox(rotary: bool, pictures: bool = False) -> Any:
+def _cogvideox(rotary: bool, pictures: bool = False, newer: bool = False) -> Any:
+    """`newer`: version 1.5, which joins two latent frames into a patch, and is told an offset beside pictures."""
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
@@ -168,8 +169,8 @@ def _cogvideox(rotary: bool, pictures: bool = False) -> Any:
     )  # fmt: skip
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=8 if pictures else 4, out_channels=4, time_embed_dim=8,
-        ofs_embed_dim=8 if pictures else None, text_embed_dim=WIDTH, num_layers=2,
-        sample_width=8, sample_height=8, sample_frames=FRAMES, max_text_seq_length=12,
+        ofs_embed_dim=8 if pictures and newer else None, text_embed_dim=WIDTH, num_layers=2, patch_size_t=2 if newer else None,
+        sample_width=8, sample_height=8, sample_frames=FRAMES, max_text_seq_length=12, patch_bias=not newer,
         use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
     vae.encoder.conv_out.conv.bias.data[4:] = -40.0  # the posterior has hardly any variance: image-to-video draws from it
@@ -227,12 +228,13 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "wan22-a14b-i2v": _wan_a14b_i2v,
     "wan21-i2v": _wan_i2v,
     "cogvideox-i2v": lambda: _cogvideox(rotary=True, pictures=True),
+    "cogvideox-1.5-i2v": lambda: _cogvideox(rotary=True, pictures=True, newer=True),
 }
 OTHERS: dict[str, Callable[[], Any]] = {
     "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
 }
 """Of the parts of another one, or refused."""
-SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32)}
+SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32), "cogvideox-1.5-i2v": (5, 32)}
 """Frames and pixels of a side of a clip; 9 and 32 of those that are not named."""
 
 

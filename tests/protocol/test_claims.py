@@ -129,6 +129,22 @@ def test_joiners_spread_over_shards_first_then_over_lanes() -> None:
     assert sorted(map(shard_and_lane, taken[3:])) == [(0, 1), (1, 1), (2, 1)]
 
 
+def test_of_lanes_above_the_first_the_largest_share_that_fits_comes_first_then_the_lowest() -> None:
+    slots, peer = slots_of(2, 5), PEERS[0]
+    shares = (1.0, 0.25, 0.5, 1.0, 0.5)  # of each lane; this peer is too slow for the whole epoch
+
+    def chosen(*held: int) -> int | None:
+        fitness = {slot: 0.0 if shares[lane] == 1 else shares[lane] for slot in slots for _, lane in [shard_and_lane(slot)]}
+        free = [ShardView(slot) for slot in slots if slot not in held]
+        best = preferred_shard(RUN, peer, free, fitness)
+        return None if best is None else shard_and_lane(best.shard)[1]
+
+    assert chosen() == 2
+    second, fourth = ([slot_of(shard, lane) for shard in range(2)] for lane in (2, 4))
+    assert chosen(*second) == 4
+    assert chosen(*second, *fourth) == 1
+
+
 def test_lane_enters_keys_and_digests_only_above_zero() -> None:
     first = ClaimRecord(run=RUN, owner=PEERS[0], issued=NOW, shard=2, epoch=0, samples=0, state="claiming")
     assert first.key() == claim_key(RUN, 2) == claim_key(RUN, 2, 0)

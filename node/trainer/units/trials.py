@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from lutetia.models.training.units.split import Split
 from lutetia.models.training.units.split_trainer import SplitTrainer
 from lutetia.node.device_settings import torch_cards
 from lutetia.node.trainer.assignment import EXIT_CODES
+from lutetia.node.trainer.step_rate import fastest_rate
 from lutetia.node.trainer.units.ranks import UnitTrial, run_trial
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 
@@ -60,7 +60,7 @@ class UnitTrialRunner:
 
 
 def try_unit(trial: UnitTrial, split: Split) -> float:
-    """Two steps of a trial, on one rank of it; returns samples per second of the second."""
+    """A few steps of a trial, on one rank of it; returns samples per second."""
     manifest = SignedManifest.model_validate_json(trial.manifest.read_bytes()).manifest
     trainer = SplitTrainer(
         split, manifest, trial.shard, probe_data(manifest), base="random", device=torch_cards(trial.device)[split.rank],
@@ -70,8 +70,6 @@ def try_unit(trial: UnitTrial, split: Split) -> float:
         trainer.follow()
         return 0.0
     trainer.step()
-    start = time.monotonic()
-    trainer.step()
-    took = time.monotonic() - start
+    rate = fastest_rate(trainer.step, manifest.optimisation.batch)
     trainer.end()
-    return manifest.optimisation.batch / took
+    return rate

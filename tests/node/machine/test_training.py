@@ -324,3 +324,14 @@ def test_finish_between_two_epochs_starts_no_new_one():
         machine.checkpoint(epoch, parent)
     actions = machine.feed(m.UserVerb(machine.now, "finish"))
     assert m.StopTrainer(save=False) in actions
+
+
+def test_nodes_that_fit_nothing_are_probed_again_at_unlike_times():
+    """Nodes of one machine that were started together would else slow down each other's probe for ever."""
+    again = set()
+    for owner in ("11" * 32, "22" * 32, "33" * 32):
+        machine = MachineDriver(replace(RULES, owner=owner)).idle({})
+        assert machine.state.probe_at is not None
+        again.add(machine.state.probe_at - machine.now)
+    assert len(again) == 3
+    assert 0.75 * RULES.probe_again <= min(again) < max(again) <= 1.25 * RULES.probe_again

@@ -15,14 +15,20 @@ import torch
 from lutetia.models.training.checkpoint_io import write_state, write_weights
 from lutetia.models.training.units.split import Split, joined
 from lutetia.models.training.units.split_trainer import SplitTrainer
+from lutetia.protocol.schema.capabilities import COMPACT, FIRST_FRAME
 from lutetia.protocol.schema.manifest import Manifest
-from tests.models.tiny_experts import tiny_data, tiny_manifest
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
+from tests.models.tiny_experts import WAN, tiny_data, tiny_manifest
 
-RUNS = ("float32", "again", "compact")
+RUNS = ("float32", "again", "compact", "pictures")
 
 
-def manifest_of(form: str) -> Manifest:
-    return tiny_manifest(checkpoints=form, needs=("compact-checkpoints",) if form == "compact" else ())
+def manifest_of(run: str) -> Manifest:
+    """`pictures`: half of the clips are given their first frame."""
+    if run == "pictures":
+        expert = WAN.model_copy(update={"inputs": ExpertInputs(first_frame=0.5)})
+        return tiny_manifest(expert=expert, needs=(FIRST_FRAME,))
+    return tiny_manifest(checkpoints="compact", needs=(COMPACT,)) if run == "compact" else tiny_manifest()
 
 
 def lead(trainer: SplitTrainer, name: str, folder: Path) -> None:
@@ -38,7 +44,7 @@ def lead(trainer: SplitTrainer, name: str, folder: Path) -> None:
 
 
 def train(split: Split, name: str, folder: Path) -> None:
-    trainer = SplitTrainer(split, manifest_of("compact" if name == "compact" else "float32"), 1, tiny_data(), micro_batch=1)
+    trainer = SplitTrainer(split, manifest_of(name), 1, tiny_data(), micro_batch=1)
     if name == "again":
         trainer.restore(1, local=folder / "local-float32")
     else:

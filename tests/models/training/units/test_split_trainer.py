@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from lutetia.models.training.trainer import ExpertTrainer, write_weights
 from lutetia.models.training.units.split import Split
 from lutetia.models.training.units.split_trainer import SplitTrainer
-from lutetia.protocol.schema.manifest import CheckpointForm
 from lutetia.system import tether
 from lutetia.system.errors import ConfigError
 from tests.child_environment import child_environment
@@ -39,23 +38,23 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     return folder, losses
 
 
-@pytest.mark.parametrize("form", ["float32", "compact"])
+@pytest.mark.parametrize("run", ["float32", "compact", "pictures"])
 def test_unit_trains_as_one_card_and_its_files_are_of_the_ordinary_form(
-    unit: tuple[Path, dict[str, list[float]]], tmp_path: Path, form: CheckpointForm
+    unit: tuple[Path, dict[str, list[float]]], tmp_path: Path, run: str
 ):
-    folder, losses = unit[0], unit[1][form]
-    single = ExpertTrainer(manifest_of(form), 1, tiny_data(), micro_batch=2)
+    folder, losses = unit[0], unit[1][run]
+    single = ExpertTrainer(manifest_of(run), 1, tiny_data(), micro_batch=2)
     single.restore(0)
-    nearly = 2e-3 if form == "compact" else TOLERANCE
+    nearly = 2e-3 if run == "compact" else TOLERANCE
     assert losses == pytest.approx([single.step() for _ in range(12)], rel=nearly)
     write_weights(single.snapshot(), tmp_path / "weights")
-    ours, theirs = load_file(folder / f"weights-{form}-2"), load_file(tmp_path / "weights")
+    ours, theirs = load_file(folder / f"weights-{run}-2"), load_file(tmp_path / "weights")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        least = 2**-7 if form == "compact" else TOLERANCE
+        least = 2**-7 if run == "compact" else TOLERANCE
         torch.testing.assert_close(ours[name].float(), tensor.float(), rtol=least, atol=least)
-    successor = ExpertTrainer(manifest_of(form), 1, tiny_data(), micro_batch=2)
-    successor.restore(1, folder / f"weights-{form}-1", folder / f"state-{form}-1")
+    successor = ExpertTrainer(manifest_of(run), 1, tiny_data(), micro_batch=2)
+    successor.restore(1, folder / f"weights-{run}-1", folder / f"state-{run}-1")
     assert [successor.step() for _ in range(6)] == pytest.approx(losses[6:], rel=TOLERANCE), "one card goes on from its files"
 
 
