@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from lutetia.coordinator.ledger.status_builder import Sighting
+from lutetia.node.machine.state import NodeRules
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 from lutetia.simulation.config import OWNER, SimulationConfig, draw_device, draw_machine, make_manifest
 from lutetia.simulation.costs import Costs
@@ -100,7 +101,8 @@ class SimulatedWorld:
                 if sighting.expires > now and (not peer.running or self.links.group(peer.index) == group)
             ]  # fmt: skip
             lease_number = int(now // self.config.lease)
-            members = SharedMembership(self.manifest.run_id, seen, self.config.slots, lease_number)
+            slots = NodeRules.of(self.manifest, "").rates_needed
+            members = SharedMembership(self.manifest.run_id, seen, slots, lease_number)
             known = self._memberships[group] = moment, members
         return known[1]
 

@@ -46,7 +46,7 @@ from lutetia.coordinator.lending.loans import LendingDesk, take_report
 from lutetia.coordinator.lending.reports import well_formed
 from lutetia.coordinator.runtime.audit_service import job_of, relatives
 from lutetia.coordinator.runtime.swarm_monitor import observed, sighted
-from lutetia.node.services.standby_policy import assign_shards, is_standby
+from lutetia.node.services.standby_policy import assign_shards, free_rate, is_standby
 from lutetia.protocol.claims import ShardView, latest_acceptance
 from lutetia.protocol.rpc.audit_request import AuditAnswer, AuditReport, AuditRequest, open_request, sign_report
 from lutetia.protocol.rpc.check_request import (
@@ -199,8 +199,8 @@ def show_swarm(found: Sequence[r.Record]) -> None:
     live = LiveView(view.nodes, view.claims, histories=histories)
     show_everywhere(status(examples.run_state(), examples.manifest(), live, now, software="0.1"))
     latest_acceptance(record for record in found if isinstance(record, r.AcceptanceRecord | r.ResetRecord))
-    standbys = [node.owner for node in nodes if is_standby(node)]
-    assign_shards(examples.manifest().run_id, standbys, range(len(shards)), 1)
+    standbys = {node.owner: free_rate(node) for node in nodes if is_standby(node)}
+    assign_shards(examples.manifest().run_id, standbys, {shard: float(shard) for shard in range(len(shards))}, 1)
     for node in nodes:
         assert node.owner in relatives(node.owner, nodes)
 

@@ -17,6 +17,8 @@ from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe
 
 WAVE = 16
 """Shards per look. A free shard of the first look is claimed before the other shards are looked at."""
+ALIKE = 1.25
+"""Lanes whose fitness differs by less than this factor are taken as equal."""
 
 
 def swarm_seen(transition: NodeTransition, views: tuple[ShardView, ...]) -> None:
@@ -115,8 +117,13 @@ def _fitness(transition: NodeTransition, view: ShardView) -> float:
     """
     epochs, fit, begun = transition.rules.epochs, transition.state.fitness[view.shard], view.shard in transition.state.remembered
     if view.shard >= MOST_SHARDS and not begun:
-        return fit
+        return _coarse(fit)
     return fit * -(-4 * (epochs - view.epoch) // epochs) * (2 if begun else 1)
+
+
+def _coarse(fit: float) -> float:
+    """Rounded down to a power of ALIKE: nodes of about the same speed would else all claim the same few lanes, and most lose."""
+    return ALIKE ** math.floor(math.log(fit, ALIKE) + 1e-9)
 
 
 def _why_idle(transition: NodeTransition, views: list[ShardView]) -> str:
@@ -203,7 +210,7 @@ def look_at_due_shards(transition: NodeTransition) -> None:
 def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple[int, ...]:
     """In the order in which this node would claim them if all were free. The order differs by node, so newcomers spread.
 
-    The lanes above the first follow, those that fit best first. Of equal ones it begins at a place of this node's own, a lane of
+    The lanes above the first follow, those that fit best first. Of those alike it begins at a place of this node's own, a lane of
     every shard after another: looked at from the lowest on, a large run with many lanes would take a newcomer minutes.
     """
     state, rules = transition.state, transition.rules
@@ -215,7 +222,7 @@ def _promising_first(transition: NodeTransition, shards: Iterable[int]) -> tuple
     others, place = defaultdict[float, list[int]](list), rules.jitter("lanes")
     for shard in shards:
         if shard not in first and (fit := state.fitness.get(shard, 0.0)) > 0:
-            others[fit].append(shard)
+            others[_coarse(fit)].append(shard)
     promising = sorted(first, key=order)
     for fit in sorted(others, reverse=True):
         start = int(place * len(others[fit]))

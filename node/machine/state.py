@@ -121,6 +121,12 @@ class NodeRules:
         return self.team.share(shard_and_lane(slot)[1]) * self.interval / self.team.deadline if self.team else 0.0
 
     @property
+    def rates_needed(self) -> dict[int, float]:
+        """Every slot, with the samples per second that it needs."""
+        lanes = {slot: self.rate_needed(slot) for slot in slots_of(1, self.team.lanes if self.team else 1)}
+        return {first + shard: rate for first, rate in lanes.items() for shard in range(self.shards)}
+
+    @property
     def slowest_rate(self) -> float:
         """Samples per second that the smallest share of a lane needs within the deadline; 0 without lanes."""
         return min(map(self.rate_needed, slots_of(1, self.team.lanes))) if self.team else 0.0

@@ -8,6 +8,7 @@ import time
 from itertools import islice
 
 from lutetia.node.machine import messages as m
+from lutetia.node.machine.state import NodeRules
 from lutetia.node.runtime.shell import NodeShell
 from lutetia.node.services.standby_policy import (
     WAVES,
@@ -17,7 +18,6 @@ from lutetia.node.services.standby_policy import (
     shards_to_watch,
     watch_until,
 )
-from lutetia.protocol.claims import slots_of
 from lutetia.protocol.rpc.accepted_checkpoints import live_nodes
 from lutetia.protocol.schema.records import NodeRecord
 from lutetia.system.errors import LutetiaError
@@ -58,7 +58,8 @@ class Membership:
         nodes = await self._nodes(manifest.run_id, owner)
         lease = manifest.timing.lease
         wait = read_pause(lease, len(nodes))
-        shards = shards_to_watch(manifest.run_id, owner, nodes, slots_of(len(manifest.shards), manifest.lanes), int(now // lease))
+        slots = NodeRules.of(manifest, owner).rates_needed
+        shards = shards_to_watch(manifest.run_id, owner, nodes, slots, int(now // lease))
         self.shell.feed(m.WatchedShardsSet(now, shards, watch_until(now, wait)))
         if self.copies and (self._replicating is None or self._replicating.done()):
             self._replicating = group.create_task(self.shell.replicator.run_round(nodes))

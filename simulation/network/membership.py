@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 
 from lutetia.node.runtime.replication_policy import FREE, point
-from lutetia.node.services.standby_policy import STEADY, WAVES, assign_shards, buckets_before, is_standby
+from lutetia.node.services.standby_policy import STEADY, WAVES, assign_shards, buckets_before, free_rate
 from lutetia.protocol.schema.records import NodeRecord, node_bucket
 
 
 class SharedMembership:
-    """`seen`: all node records at one moment. A real node reads only some of them, enough to compute the same for itself."""
+    """`seen`: all node records at one moment. A real node reads only some of them.
 
-    def __init__(self, run: str, seen: Sequence[NodeRecord], slots: Sequence[int], lease_number: int) -> None:
+    They are enough to compute the same for itself; where lanes need unlike speeds, it watches a few more.
+    """
+
+    def __init__(self, run: str, seen: Sequence[NodeRecord], slots: Mapping[int, float], lease_number: int) -> None:
         self._run, self._slots, self._lease_number = run, slots, lease_number
-        self._standbys = free = [record.owner for record in seen if is_standby(record)]
+        self._standbys = free = {record.owner: rate for record in seen if (rate := free_rate(record)) > 0}
         self._unfit = [record.owner for record in seen if record.state in FREE]
         self._all = Counter(node_bucket(record.owner) for record in seen)
         self._free = Counter(node_bucket(owner) for owner in free)

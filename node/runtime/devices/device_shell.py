@@ -133,8 +133,8 @@ class DeviceShell:
     @property
     def facts(self) -> DeviceFacts:
         """What the node's record says of the device."""
-        report, work = self.trainer.report, self.state.work
-        rate = report.rate if report else 0.0
+        report, work, probed = self.trainer.report, self.state.work, self.prober.result
+        rate = report.rate if report else probed.samples_per_second * self.settings.duty if probed else 0.0
         return DeviceFacts(self.name, self.state.phase, self.prober.result, rate, shard_and_lane(work.shard)[0] if work else None)
 
     @property

@@ -30,24 +30,42 @@ def node(number: int, state: NodeState = "idle", rate: float = 1.0) -> NodeRecor
     )  # fmt: skip
 
 
-def names(count: int) -> list[str]:
-    return [node(number).owner for number in range(count)]
+def standbys(count: int) -> dict[str, float]:
+    return {node(number).owner: 1.0 for number in range(count)}
+
+
+def slots(count: int) -> dict[int, float]:
+    """Shards that any node may train."""
+    return dict.fromkeys(range(count), 0.0)
 
 
 def test_few_standbys_watch_all_shards():
-    assert assign_shards(RUN, names(STEADY), range(5), 0) == dict.fromkeys(names(STEADY), frozenset(range(5)))
+    assert assign_shards(RUN, standbys(STEADY), slots(5), 0) == dict.fromkeys(standbys(STEADY), frozenset(range(5)))
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 200), st.integers(0, 200), st.integers(0, 9))
+def test_lanes_are_watched_by_nodes_that_are_fast_enough(slow: int, fast: int, lease_number: int):
+    rates = {owner: 1.0 if number < slow else 2.0 for number, owner in enumerate(standbys(slow + fast))}
+    lanes = {0: 0.5, 4096: 1.5, 8192: 1.5, 12288: 3.0}
+    assigned = assign_shards(RUN, rates, lanes, lease_number)
+    watchers = {lane: [owner for owner, watched in assigned.items() if lane in watched] for lane in lanes}
+    assert all(rates[owner] >= need for lane, need in lanes.items() for owner in watchers[lane])
+    assert len(watchers[0]) >= min(STEADY, slow + fast)
+    assert all(STEADY + CHANGING >= len(watchers[lane]) >= min(STEADY, fast) for lane in (4096, 8192))
+    assert watchers[12288] == []
 
 
 @settings(max_examples=25)
 @given(st.integers(STEADY + 1, 300), st.integers(1, 40), st.integers(0, 1000))
-def test_every_shard_has_the_same_number_of_watchers(standbys: int, shards: int, lease_number: int):
-    assigned = assign_shards(RUN, names(standbys), range(shards), lease_number)
+def test_every_shard_has_the_same_number_of_watchers(count: int, shards: int, lease_number: int):
+    assigned = assign_shards(RUN, standbys(count), slots(shards), lease_number)
     for shard in range(shards):
         assert STEADY <= sum(shard in watched for watched in assigned.values()) <= STEADY + CHANGING
 
 
 def test_half_of_the_watchers_stay_and_half_change():
-    first, second = (assign_shards(RUN, names(300), range(10), lease_number) for lease_number in (1, 2))
+    first, second = (assign_shards(RUN, standbys(300), slots(10), lease_number) for lease_number in (1, 2))
     for shard in range(10):
         early, late = ({owner for owner, watched in found.items() if shard in watched} for found in (first, second))
         assert len(early & late) >= STEADY
@@ -66,13 +84,13 @@ def test_reading_only_earlier_buckets_gives_the_same_shards(numbers: set[int], l
         read += [other for other in nodes if node_bucket(other.owner) == bucket]
         if has_enough_standbys(RUN, own.owner, read):
             break
-    assert shards_to_watch(RUN, own.owner, read, range(12), lease_number) == shards_to_watch(
-        RUN, own.owner, nodes, range(12), lease_number
+    assert shards_to_watch(RUN, own.owner, read, slots(12), lease_number) == shards_to_watch(
+        RUN, own.owner, nodes, slots(12), lease_number
     )
 
 
 def test_node_not_listed_as_free_watches_all_shards():
-    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], range(6), 0) is None
+    assert shards_to_watch(RUN, node(1).owner, [node(1, "training"), *(node(n) for n in range(2, 40))], slots(6), 0) is None
 
 
 def test_node_with_a_free_device_is_a_standby_while_another_trains():
@@ -82,16 +100,16 @@ def test_node_with_a_free_device_is_a_standby_while_another_trains():
     )
     busy = node(0, "training").model_copy(update={"devices": entries})
     assert is_standby(busy)
-    assert shards_to_watch(RUN, busy.owner, [busy], range(3), 0) == frozenset({0, 1, 2})
+    assert shards_to_watch(RUN, busy.owner, [busy], slots(3), 0) == frozenset({0, 1, 2})
     assert not is_standby(busy.model_copy(update={"devices": entries[:1]}))
 
 
 def test_node_without_a_working_expert_watches_nothing():
     unfit, others = node(1, rate=0.0), [node(number) for number in range(2, 40)]
-    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], range(6), 0) == frozenset()
+    assert shards_to_watch(RUN, unfit.owner, [unfit, *others], slots(6), 0) == frozenset()
     for other in others:
-        assert shards_to_watch(RUN, other.owner, [unfit, *others], range(6), 0) == shards_to_watch(
-            RUN, other.owner, others, range(6), 0
+        assert shards_to_watch(RUN, other.owner, [unfit, *others], slots(6), 0) == shards_to_watch(
+            RUN, other.owner, others, slots(6), 0
         )
 
 
