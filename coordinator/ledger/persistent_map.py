@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from typing import Any, Generic, TypeVar, cast, get_args
 
 from pydantic import GetCoreSchemaHandler
@@ -39,6 +39,9 @@ class PersistentMap(Mapping[K, V], Generic[K, V]):
     def items(self) -> ItemsView[K, V]:
         return _Items(self)
 
+    def values(self) -> ValuesView[V]:
+        return _Values(self)
+
     def __len__(self) -> int:
         return self._count
 
@@ -70,6 +73,14 @@ class _Items(ItemsView[K, V]):
     def __iter__(self) -> Iterator[tuple[K, V]]:
         for bucket in cast(PersistentMap[K, V], self._mapping)._buckets:
             yield from bucket.items()
+
+
+class _Values(ValuesView[V]):
+    """The same."""
+
+    def __iter__(self) -> Iterator[V]:
+        for bucket in cast(PersistentMap[Any, V], self._mapping)._buckets:
+            yield from bucket.values()
 
 
 class AsPairs:

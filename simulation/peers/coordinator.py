@@ -80,7 +80,7 @@ class SimulatedCoordinator:
         self._limits = RecordLimits(manifest.timing.heartbeat, manifest.timing.maximum_clock_skew)
         self._since: dict[tuple[str, int], float] = {}
         self._nodes: list[tuple[NodeRecord, float]] = []
-        self._nodes_due = self._claims_due = float("-inf")
+        self._nodes_due = self._claims_due = self._sighted_until = float("-inf")
         self._views: tuple[ShardView, ...] = ()
         self._auditors: frozenset[str] | None = None
         self.own_records = OwnRecords(self)
@@ -185,7 +185,7 @@ class SimulatedCoordinator:
             self.world.dht.depart(self)
             self.view, self._since, self._nodes, self._views, self._auditors = LiveView(), {}, [], (), None
             self.lender = SimulatedLender(self)
-            self._nodes_due = self._claims_due = float("-inf")
+            self._nodes_due = self._claims_due = self._sighted_until = float("-inf")
 
     # --- judging --------------------------------------------------------------------------------------------------------
 
@@ -339,17 +339,19 @@ class SimulatedCoordinator:
             world.costs.looked(
                 len(self._views), sum(len(view.claims) for view in self._views), world.config.replicas, world.dht.size, "watch"
             )
-        views = self._views
-        claims = [(claim.record, claim.expires) for view in views for claim in view.claims]
         now, config = self.clock(), world.config
-        if now >= self._nodes_due:
+        if listed := now >= self._nodes_due:
             self._nodes = [
                 (sighting.record, sighting.expires) for peer, sighting in world.directory.values()
                 if sighting.expires > now and (not peer.running or world.links.together(peer.index, self.index))
             ]  # fmt: skip
             self._nodes_due = now + nodes_pause(len(self._nodes), config.heartbeat)
             world.costs.listed(NODE_BUCKETS, len(self._nodes), config.replicas, world.dht.size, "watch")
+        if not (fresh or listed or now >= self._sighted_until):
+            return  # nothing was read, and nothing that was has expired
         nodes = [(record, expires) for record, expires in self._nodes if expires > now]
+        claims = [(claim.record, claim.expires) for view in self._views for claim in view.claims]
+        self._sighted_until = min([expires for _, expires in (*nodes, *claims) if expires > now], default=float("inf"))
         histories, at_work = self.view.histories, self.view.at_work
         self.view, self._since = sighted(nodes, claims, self._since, now)
         if fresh:

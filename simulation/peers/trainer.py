@@ -1,6 +1,6 @@
 """A node's trainer process and its work on disk.
 
-Steps pass evenly at the node's speed. The state is saved every `save_every` seconds; a kill leaves the last saved one. An epoch's
+Steps pass evenly at the node's speed. It reports once per lease, which is often enough for every rule that reads it. The state is saved every `save_every` seconds; a kill leaves the last saved one. An epoch's
 checkpoint is on disk `write_seconds` after its last step; a kill before that leaves a torn file, which counts as none.
 """
 
@@ -199,7 +199,7 @@ class SimulatedTrainer:
             return
         samples = (training.epoch * self.steps_per_epoch + self._done(training)) * 16
         self._node.feed(boot, TrainerProgress, training.number, training.epoch, samples, training.waiting)
-        self._world.queue.after(self._world.config.heartbeat, self._report, boot, training, turn)
+        self._world.queue.after(self._world.config.lease, self._report, boot, training, turn)
 
     def _finish(self, boot: int, training: SimulatedTraining, turn: int) -> None:
         """The last step of an epoch: its checkpoint is written while the next epoch begins."""
