@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pydantic import Field
 
@@ -179,8 +180,9 @@ def lottery(secret: bytes, checkpoint: str, purpose: str = "audit") -> float:
 
 def is_newcomer(run: RunState, owner: str, epochs: int) -> bool:
     """Whether fewer than `epochs` of its epochs were, or are to be, replayed whole."""
-    missing = epochs - run.peer(owner).proved
-    return missing > 0 and sum(audit.owner == owner and audit.whole for audit in run.audits.values()) < missing
+    missing = max(0, epochs - run.peer(owner).proved)
+    due = (audit for audit in run.audits.values() if audit.owner == owner and audit.whole)
+    return len(tuple(islice(due, missing))) < missing  # no further than needed: thousands may be due
 
 
 def unproved_depth(shard: ShardLedger) -> int:

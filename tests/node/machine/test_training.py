@@ -335,3 +335,10 @@ def test_nodes_that_fit_nothing_are_probed_again_at_unlike_times():
         again.add(machine.state.probe_at - machine.now)
     assert len(again) == 3
     assert 0.75 * RULES.probe_again <= min(again) < max(again) <= 1.25 * RULES.probe_again
+
+
+def test_node_that_fits_after_all_looks_at_every_shard():
+    machine = MachineDriver().idle({})
+    machine.feed(m.WatchedShardsSet(machine.now, frozenset(), machine.now + 600))
+    actions = machine.feed(m.Probed(machine.now, {0: 1.0, 1: 1.0}))
+    assert m.LookAtShards((0, 1)) in actions
