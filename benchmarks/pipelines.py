@@ -53,13 +53,22 @@ class WholeWay:
     @property
     def row(self) -> str:
         audits = f"{self.audits.count('valid')} of {len(self.audits)}"
-        cells = (self.name, f"`{self.model}`", f"{self.accepted} of {EPOCHS}", audits, f"{self.mixture:.1e}", f"{self.stand_in:.1e}")
+        cells = (
+            self.name,
+            f"`{self.model}`",
+            f"{self.accepted} of {EPOCHS}",
+            audits,
+            f"{self.mixture:.1e}",
+            f"{self.stand_in:.1e}",
+        )
         return f"| {' | '.join(cells)} | {self.seconds:.0f} |"
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks pipelines", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", action="append", choices=sorted(PIPELINES), help="a pipeline, may be given again (default: all)")
+    parser.add_argument(
+        "--only", action="append", choices=sorted(PIPELINES), help="a pipeline, may be given again (default: all)"
+    )
     arguments = parser.parse_args(argv)
     rows = ["| pipeline | transformer | accepted | valid audits | mixture | stand-in | s |", "|---|---|---|---|---|---|---|"]
     for name in arguments.only or PIPELINES:
@@ -99,5 +108,3 @@ async def serve_to_its_end(run: CreatedRun, folder: Path) -> None:
         async for _ in polls(swarm):
             if not coordinator.running:
                 return
-
-

@@ -18,7 +18,7 @@ from lutetia.protocol.stalled_claims import LONGEST_GAP, current_holder, observe
 WAVE = 16
 """Shards per look. A free shard of the first look is claimed before the other shards are looked at."""
 ALIKE = 1.25
-"""Lanes whose fitness differs by less than this factor are taken as equal."""
+"""Lanes whose fitness lies between two powers of this factor are taken as equal."""
 
 
 def swarm_seen(transition: NodeTransition, views: tuple[ShardView, ...]) -> None:

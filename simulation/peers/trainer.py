@@ -1,7 +1,8 @@
 """A node's trainer process and its work on disk.
 
-Steps pass evenly at the node's speed. It reports once per lease, which is often enough for every rule that reads it. The state is saved every `save_every` seconds; a kill leaves the last saved one. An epoch's
-checkpoint is on disk `write_seconds` after its last step; a kill before that leaves a torn file, which counts as none.
+Steps pass evenly at the node's speed. It reports once per lease, which is often enough for every rule that reads it. The state
+is saved every `save_every` seconds; a kill leaves the last saved one. An epoch's checkpoint is on disk `write_seconds` after its
+last step; a kill before that leaves a torn file, which counts as none.
 """
 
 from __future__ import annotations

@@ -234,7 +234,12 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "wan22-i2v": lambda: _wan_ti2v(diffusers.WanImageToVideoPipeline, image_encoder=None, image_processor=None),
 }
 """Of the parts of another one, or refused."""
-SIZES: dict[str, tuple[int, int]] = {"wan22-ti2v": (FRAMES, 64), "wan22-i2v": (FRAMES, 64), "mochi": (7, 32), "cogvideox-1.5-i2v": (5, 32)}
+SIZES: dict[str, tuple[int, int]] = {
+    "wan22-ti2v": (FRAMES, 64),
+    "wan22-i2v": (FRAMES, 64),
+    "mochi": (7, 32),
+    "cogvideox-1.5-i2v": (5, 32),
+}
 """Frames and pixels of a side of a clip; 9 and 32 of those that are not named."""
 
 
