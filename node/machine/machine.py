@@ -201,9 +201,8 @@ def _probed(transition: NodeTransition, fitness: dict[int, float]) -> None:
     transition.set(fitness=fitness, probe_failures=0)
     fits = any(value > 0 for value in fitness.values())
     again = transition.rules.probe_again * (0.75 + transition.rules.jitter("probe", int(transition.now)) / 2)
-    transition.set(
-        probe_at=None if fits else transition.now + again
-    )  # at unlike times: nodes of one machine slow each other down
+    # at unlike times: the probes of nodes on one machine slow each other down
+    transition.set(probe_at=None if fits else transition.now + again)
     transition.set(look_at=transition.now, watched_shards=None, to_look=())  # assigned by what it was before: look at all once
     if transition.state.phase != "probing":
         return
