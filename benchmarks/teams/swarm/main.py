@@ -79,7 +79,7 @@ def _data(folder: Path) -> Path:
 
 def _run(data: Path, folder: Path, swarm: str, arguments: argparse.Namespace) -> CreatedRun:
     """A run whose budget outlasts the measured time."""
-    batch, team = 4, TeamSpec(lanes=LANES, quorum=0.75, deadline=600.0)
+    batch, team = 4, TeamSpec(lanes=LANES, quorum=0.75, deadline=1200.0)
     settings: dict[str, Any] = {
         "preset": "tiny" if arguments.tiny else "demo", "name": swarm, "experts": SHARDS,
         "addresses": (f"127.0.0.1:{free_port()}",), "optimisation": Optimisation(batch=batch),
