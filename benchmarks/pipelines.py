@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.report import Machine
-from lutetia.cli.local.poller import polls
+from lutetia.cli.local.poller import polls, read_status
 from lutetia.cli.local.processes import LocalSwarm, free_port
 from lutetia.coordinator.admin.create import CreatedRun, create_run
 from lutetia.coordinator.ledger.describe import read_events
@@ -104,6 +104,9 @@ async def serve_to_its_end(run: CreatedRun, folder: Path) -> None:
     """A coordinator that ends with its run, and one node."""
     async with LocalSwarm(folder / "logs") as swarm:
         coordinator = await swarm.serve(run.folder, "--exit-when-done", "--stitch", "end", "--no-gallery")
+        async for _ in polls(swarm):
+            if read_status(run.folder):
+                break
         await swarm.join("node", run.ticket, folder / "node", "--device", "cpu", "--threads", "1")
         async for _ in polls(swarm):
             if not coordinator.running:
