@@ -94,12 +94,13 @@ def report(rows: dict[str, dict[str, Any]]) -> str:
         f"`python -m benchmarks simulate lanes` on {Machine.this()}: the scenario `crowd` with {SHARDS} shards,",
         f"a node for each lane, seed 1, {seconds} virtual seconds, joining included. A node of speed 1 takes "
         f"{CROWD.epoch_seconds:.0f} s",
-        f"for an epoch, a check takes {CROWD.check_seconds} s. Nodes send {CROWD.up / 2**20:.0f} MiB/s in the median, the "
+        f"for an epoch or, where there are lanes, for the median one; their shares fit the speeds of the nodes. A check takes "
+        f"{CROWD.check_seconds} s. Nodes send {CROWD.up / 2**20:.0f} MiB/s in the median, the "
         f"coordinator {CROWD.origin_up / 2**20:.0f} MiB/s.", "",
         f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS), *map(_line, known), "",
         "- Have a lane, take steps: shares of the fit devices that are online, means over looks once per lease. The others",
         "  fetch, or wait for a verdict or for the merge of their epoch.",
-        "- Work in accepted epochs: steps that stand, of all taken until the end.",
+        "- Work in accepted epochs: steps that stand, of all taken until the end, those of epochs under way included.",
         "- Checks busy: seconds of accepted results' checks, of the seconds of all checks at once. Merges are checked besides.",
         "- Received: results, and what the coordinator fetches for its own audits. Sent: data and epochs to nodes; nodes that",
         "  have a parcel are asked before the coordinator.",

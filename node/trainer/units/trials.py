@@ -21,12 +21,16 @@ from lutetia.protocol.schema.manifest import Manifest, SignedManifest
 
 
 def probe_data(manifest: Manifest) -> ShardData:
-    """A batch of random clips of the shape that takes the most memory."""
+    """A batch of random clips of the shape that takes the most memory.
+
+    Their null condition is random, too: an expert that is told its padding takes one of zeros for padding alone, and diverges.
+    """
     batch, latent = manifest.optimisation.batch, max(manifest.latent.of_buckets, key=lambda each: math.prod(each.shape))
     pictures = empty_pictures(latent, batch)
     return ShardData(
         torch.randn(batch, *latent.shape), torch.randn(batch, latent.text_tokens, latent.text_width),
         torch.randn(batch, latent.pooled_width), [""] * batch, [""] * batch,
+        null=(torch.randn(latent.text_tokens, latent.text_width), torch.randn(latent.pooled_width)),
         pictures=pictures.each(torch.zeros_like) if pictures else None,
     )  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lutetia.models.training.trainer import ExpertTrainer
 from lutetia.node.runtime.devices.device_shell import DeviceShell
 from lutetia.node.trainer.devices import (
     Accelerators,
@@ -23,10 +25,14 @@ from lutetia.node.trainer.exit_reasons import TrainerEnded, reason_of
 from lutetia.node.trainer.loop import answer_probe
 from lutetia.node.trainer.messages import ProbeFinished, RequestFailed
 from lutetia.node.trainer.probe import ProbeQuestion, largest_working, probe, question_digest, unmet_need
+from lutetia.node.trainer.units.trials import probe_data
+from lutetia.protocol.schema.capabilities import PIPELINES
 from lutetia.protocol.schema.manifest import HardwareNeeds
 from lutetia.protocol.schema.model.expert_spec import ExpertSpec
+from lutetia.protocol.schema.model.pipeline_spec import ExpertInputs
 from lutetia.protocol.schema.records import Hardware
 from lutetia.system.errors import DataError, DiskError, HardwareError
+from tests.models.tiny_experts import CONFIGS, tiny_manifest
 from tests.node.tiny_run import make_run
 
 
@@ -193,3 +199,13 @@ def test_reason_of_known_errors(error: Exception, reason: str):
 def test_reason_of_unknown_errors_is_none():
     assert reason_of(RuntimeError("shapes do not match")) is None
     assert reason_of(DataError("of a shard")) == ("bad-shard", "of a shard")
+
+
+def test_probe_of_an_expert_that_is_told_its_padding_takes_dropped_texts():
+    expert = ExpertSpec(
+        class_name="HunyuanVideoTransformer3DModel", config=CONFIGS["HunyuanVideoTransformer3DModel"],
+        inputs=ExpertInputs(masked=True),
+    )  # fmt: skip
+    manifest = tiny_manifest(expert=expert, optimisation={"text_dropout": 1.0}, needs=(PIPELINES,))
+    trainer = ExpertTrainer(manifest, 0, probe_data(manifest), base="random")
+    assert math.isfinite(trainer.step())
