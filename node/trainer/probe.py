@@ -311,7 +311,7 @@ class _Trial:
     def works(self, plan: MemoryPlan, rows: int) -> bool:
         from lutetia.models.training.trainer import ExpertTrainer
         from lutetia.node.trainer.exit_reasons import reason_of
-        from lutetia.node.trainer.step_rate import fastest_rate
+        from lutetia.node.trainer.units.trials import fastest_rate
 
         try:
             trainer = ExpertTrainer(

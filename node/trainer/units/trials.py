@@ -1,8 +1,13 @@
-"""Whether a plan fits a unit of cards: steps on random clips by all ranks together, in processes that may run out of memory."""
+"""Trials on random clips: how fast a trainer is, and whether a plan fits a unit of cards.
+
+Of a unit all ranks take steps together, in processes that may run out of memory.
+"""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +20,32 @@ from lutetia.models.training.units.split import Split
 from lutetia.models.training.units.split_trainer import SplitTrainer
 from lutetia.node.device_settings import torch_cards
 from lutetia.node.trainer.assignment import EXIT_CODES
-from lutetia.node.trainer.step_rate import fastest_rate
 from lutetia.node.trainer.units.ranks import UnitTrial, run_trial
 from lutetia.protocol.schema.manifest import Manifest, SignedManifest
+
+MOST_STEPS = 8
+ENOUGH_SECONDS = 2.0
+
+
+def fastest_rate(step: Callable[[], object], samples: int, clock: Callable[[], float] = time.monotonic) -> float:
+    """Samples per second of the fastest of up to MOST_STEPS steps, begun within ENOUGH_SECONDS.
+
+    The fastest, because whatever else the machine does for a moment makes steps slower and none faster: by one step alone, eight
+    nodes that start together on two cores each look several times as slow as they are.
+
+    Args:
+        step: takes one step; one that was taken before has allocated memory and compiled kernels.
+        samples: of a step.
+        clock: seconds.
+    """
+    begin = now = clock()
+    times = list[float]()
+    while not times or (len(times) < MOST_STEPS and now - begin < ENOUGH_SECONDS):
+        started = now
+        step()
+        now = clock()
+        times.append(now - started)
+    return samples / min(times)
 
 
 def probe_data(manifest: Manifest) -> ShardData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lutetia.node.trainer.step_rate import ENOUGH_SECONDS, MOST_STEPS, fastest_rate
+from lutetia.node.trainer.units.trials import ENOUGH_SECONDS, MOST_STEPS, fastest_rate
 
 
 def rate_of(*durations: float) -> tuple[float, int]:
