@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -211,8 +212,8 @@ class TrainerLoop:
 
     def _step(self) -> float:
         """Take one step and save or report if due. Returns how many seconds it used its device."""
-        clock = time.thread_time if self.trainer.device.type == "cpu" else time.monotonic
-        start = clock()  # on a CPU, while other programs have the processor, training uses none of it
+        clock = busy_clock(self.trainer.device.type)
+        start = clock()
         if self.place[1] == 0:  # an epoch under an earlier budget has ended
             self.trainer.manifest = self.manifest
         self._loss = self.trainer.step(lambda: not self.orders.stopping and self.writer.alive)
@@ -263,6 +264,11 @@ class TrainerLoop:
         self._export.close()
         if not self.writer.close():
             raise TrainerEnded("disk-full", "the disk is full: the newest state was not written")
+
+
+def busy_clock(device: str) -> Callable[[], float]:
+    """Seconds that training uses its device: of a card by the clock, of a CPU only those in which it has the processor."""
+    return time.thread_time if device == "cpu" else time.monotonic
 
 
 class _Rate:
