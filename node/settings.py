@@ -130,7 +130,12 @@ class NodeSettings(BaseSettings):
         description="Most memory that training takes of each device, like 20GB or cuda:0=20GB,cuda:1=8GB; by default all that is "
         "free",
     )
-    duty: float = Field(default=1.0, gt=0, le=1, description="Share of the time that training may use, above 0 and up to 1")
+    duty: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of a card's or processor's time that training may use, above 0 and up to 1",
+    )
     hours: str | None = Field(
         default=None,
         description="When the node may train, in local time: 22:00-07:00, or mon-fri 18:30-08:00, sat-sun; by default always",

@@ -13,7 +13,7 @@ def seconds_of(device: str) -> tuple[float, float]:
     """What the clock of a device counts while this thread waits, and while it computes."""
     clock = busy_clock(device)
     begin = clock()
-    time.sleep(0.3)
+    time.sleep(0.3)  # the time without the processor that is measured
     waited, matrix = clock() - begin, torch.randn(200, 200)
     begin, until = clock(), time.thread_time() + 0.1
     while time.thread_time() < until:
